@@ -1,0 +1,151 @@
+"""What a checkpoint needs beside its tensors: config, tokenizer, model card, provenance."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from merge.numerics import combined_digest
+from merge.plan import FORMAT, Plan
+from merge.recipe import OUT_DTYPES
+from merge.stream import StepDigests
+from merge.verify import PROVENANCE
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHTS += (".safetensors.index.json", ".bin.index.json", ".tflite", ".ot", ".npz")
+OWN = ("readme.md", "config.json", PROVENANCE, "scores.json")
+CARD = "README.md"
+
+
+def carry_files(plan: Plan, model: Path) -> None:
+    """Copies config, tokenizer and everything else of the donor that is not weights, byte for byte."""
+    donor = plan.models[plan.donor].folder
+    for file in sorted(donor.rglob("*")):
+        inside = file.relative_to(donor)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if file.is_file() and not hidden and not file.name.endswith(WEIGHTS) and str(inside).lower() not in OWN:
+            if len(inside.parts) > 1 and (donor / inside.parts[0] / "config.json").is_file():
+                continue  # another model in a folder of this one
+            (model / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, model / inside)
+    _carry_config(plan, model, donor / "config.json")
+
+
+def _carry_config(plan: Plan, model: Path, source: Path) -> None:
+    """config.json as it is, unless the output dtype differs from the one it tells."""
+    config = json.loads(source.read_text(encoding="utf-8"))
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    dtype = {v: k for k, v in OUT_DTYPES.items()}.get(plan.recipe.out_dtype or "")
+    if dtype is None or all(config.get(key) == dtype for key in keys):
+        shutil.copyfile(source, model / "config.json")
+        return
+    config.update(dict.fromkeys(keys, dtype))
+    (model / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def provenance(plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[str, Sequence[int]]) -> str:
+    """mergetool.json: what was merged, how, by which versions, and the digest of everything."""
+    data = {
+        "format": FORMAT,
+        "plan": plan.digest,
+        "versions": {"mergetool": own_version(), "numpy": np.__version__},
+        "recipe": resolved(plan),
+        "donor": plan.models[plan.donor].public_name,
+        "inputs": _inputs(plan, digests),
+        "input_sizes": _sizes(plan, inputs),
+        "notes": plan.notes,
+        "outputs": {
+            step.name: {"dtype": step.dtype, "shape": step.shape, "digest": digests[step.name].output}
+            for step in plan.steps
+        },
+    }
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def _sizes(plan: Plan, inputs: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
+    return {m.public_name: {f.name: inputs[str(f)][0] for f in m.files()} for m in plan.models}
+
+
+def _inputs(plan: Plan, digests: Mapping[str, StepDigests]) -> list[dict[str, Any]]:
+    tensors: list[dict[str, str]] = [{} for _ in plan.models]
+    for step in plan.steps:
+        for operand, digest in zip(step.inputs, digests[step.name].inputs, strict=True):
+            tensors[operand.model][operand.tensor] = digest
+    return [
+        {
+            "model": model.public_name,
+            "commit": model.commit,
+            "tensors": len(read),
+            "digest": combined_digest(f"{name}={read[name]}\n".encode() for name in sorted(read)),
+        }
+        for model, read in zip(plan.models, tensors, strict=True)
+    ]
+
+
+def resolved(plan: Plan) -> dict[str, Any]:
+    """The recipe with every default filled in, as a recipe again; no path of this machine."""
+    recipe = plan.recipe
+    names = {label: model.public_name for label, model in zip(_labels(plan), plan.models, strict=True)}
+    sections = recipe.sections
+    out: dict[str, Any] = {"merge_method": recipe.method.name}
+    if sections.base_model:
+        out["base_model"] = names[sections.base_model]
+    out["models"] = [
+        {"model": names[label]} | ({"parameters": _values(settings)} if settings else {})
+        for label, settings in zip(recipe.models, recipe.settings, strict=True)
+    ]
+    if shared := _values(recipe.shared):
+        out["parameters"] = shared
+    keep = ("dtype", "out_dtype", "compat", "missing_tensors", "extra_tensors", "allow_nonfinite", "shard_size")
+    out |= {key: getattr(sections, key) for key in keep if getattr(sections, key) is not None}
+    return out
+
+
+def _labels(plan: Plan) -> list[str]:
+    return [model.label for model in plan.models]
+
+
+def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, setting in settings.items():
+        shown = [(pattern, list(points) if len(points) > 1 else points[0]) for pattern, points in setting.rules]
+        if shown[0][0] is None:
+            out[name] = shown[0][1]
+        else:
+            out[name] = [({"filter": p} if p is not None else {}) | {"value": v} for p, v in shown]
+    return out
+
+
+def model_card(plan: Plan) -> str:
+    """README.md with the hub's metadata: base models, that they were merged, and the recipe."""
+    parents = sorted({m.public_name for i, m in enumerate(plan.models) if i != plan.base}) or [plan.models[0].public_name]
+    bases = [plan.models[plan.base].public_name] if plan.base is not None else []
+    meta = {
+        "library_name": "transformers",
+        "tags": ["mergetool", "merge"],
+        "base_model": list(dict.fromkeys(bases + parents)),
+        "base_model_relation": "merge",
+    }
+    recipe = yaml.safe_dump(resolved(plan), sort_keys=False, allow_unicode=True)
+    method = plan.recipe.method
+    listed = "\n".join(f"- {name}" for name in meta["base_model"])
+    paper = f" ({method.paper})" if method.paper else ""
+    return (
+        f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"# A merge of {len(parents)} models\n\n"
+        f"Made with mergetool by the method `{method.name}`{paper} from\n\n{listed}\n\n"
+        f"Recipe, with every default filled in:\n\n```yaml\n{recipe}```\n\n"
+        f"Digests of all inputs and outputs are in `{PROVENANCE}`; `mergetool verify` compares them.\n"
+    )
+
+
+def own_version() -> str:
+    try:
+        return version("mergetool")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,295 @@
+"""The `mergetool` command. Everything heavy is imported by the command that needs it."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from merge.errors import MergetoolError, RequestError
+
+if TYPE_CHECKING:
+    from merge.plan import Plan
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
+MEMORY = click.option("--memory", default="512MiB", show_default=True, help="Cap on this process's memory.")
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads; default: one per core.")
+OFFLINE = click.option("--offline", is_flag=True, help="Take hub models from the cache alone.")
+OUTPUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder, instead of the recipe's.")
+
+
+class _Group(click.Group):
+    """Prints a MergetoolError as one line and exits with its code; --debug shows the traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except MergetoolError as error:
+            if context.params.get("debug"):
+                raise
+            click.echo(f"mergetool: {error}", err=True)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("mergetool: interrupted; the same command goes on from here", err=True)
+            context.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mergetool")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Merges models: recipe -> plan -> stream -> write -> verify -> score.
+
+    Example: mergetool run recipe.yaml --output out/merged
+    """
+
+
+@main.command("run")
+@click.argument("recipe")
+@OUTPUT
+@MEMORY
+@THREADS
+@OFFLINE
+@click.option("--overwrite", is_flag=True, help="Replace another model in the output folder, once done.")
+@click.option("--restart", is_flag=True, help="Discard an interrupted run instead of going on.")
+@click.option("--score/--no-score", "wanted", default=None, help="Score the result, or not, whatever the recipe says.")
+@JSON
+def run_command(
+    recipe: str, output: Path | None, memory: str, threads: int | None, offline: bool,
+    overwrite: bool, restart: bool, wanted: bool | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Merges what RECIPE asks for, verifies the result and scores it where the recipe says so.
+
+    RECIPE is a file, or the name of a shipped recipe. Interrupted, the same command goes on.
+
+    Example: mergetool run quickstart --output out/quickstart
+    """
+    from merge.pipeline import run_recipe
+
+    result = run_recipe(
+        find_recipe(recipe), output, memory=memory, threads=threads, restart=restart,
+        overwrite=overwrite, offline=offline, progress=_progress,
+    )  # fmt: skip
+    report: dict[str, Any] = {"output": str(result.folder), "existed": result.existed, "plan": result.plan.digest}
+    report |= {"verified": result.verified, "notes": list(result.plan.notes)}
+    if not as_json:
+        _say_notes(result.plan)
+        done = "is this merge already; verified" if result.existed else "written and verified"
+        click.echo(f"{result.folder}: {done}: {result.verified['tensors']} tensors, {_gb(result.verified['bytes'])}")
+    section = result.plan.recipe.sections.score
+    if wanted is not False and (section or wanted):
+        report["scores"] = _scored_run(result, as_json)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+
+
+def _scored_run(result: Any, as_json: bool) -> Any:
+    from merge.recipe import ScoreSection
+    from merge.score import Suite, score_models, table
+
+    section = result.plan.recipe.sections.score or ScoreSection()
+    folders = [result.folder] + ([m.folder for m in result.plan.models] if section.parents else [])
+    labels = [result.folder.name] + ([m.label for m in result.plan.models] if section.parents else [])
+    suite = Suite.named(section.suite)
+    with _progress("score", len(folders) * len(suite.tasks)) as count:
+        scores = score_models(folders, suite, labels=labels, limit=section.limit, progress=count)
+    if not as_json:
+        click.echo(table(scores))
+    return scores.as_json()
+
+
+@main.command("plan")
+@click.argument("recipe")
+@OUTPUT
+@MEMORY
+@THREADS
+@OFFLINE
+@click.option("--tensor", "tensors", multiple=True, help="Show the parameters of tensors whose name contains this.")
+@JSON
+def plan_command(
+    recipe: str, output: Path | None, memory: str, threads: int | None, offline: bool,
+    tensors: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Shows what `run` would do with RECIPE, reading headers only and writing nothing.
+
+    Example: mergetool plan recipe.yaml --memory 2GiB --tensor layers.3.mlp
+    """
+    from merge.budget import make_budget
+    from merge.pipeline import free_bytes, plan_recipe
+
+    plan = plan_recipe(find_recipe(recipe), offline=offline, peek=True)
+    budget = make_budget(plan, memory, threads)
+    folder = output or Path(plan.recipe.sections.output or ".")
+    chosen = [s for s in plan.steps if any(t in s.name for t in tensors)]
+    if tensors and not chosen:
+        raise RequestError(f"{recipe}: no tensor's name contains {' or '.join(tensors)!r}")
+    facts = {
+        "method": plan.recipe.method.name,
+        "models": [m.label for m in plan.models],
+        "steps": len(plan.steps),
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_bytes": budget.peak,
+        "free_bytes": free_bytes(folder),
+        "threads": budget.threads,
+        "plan": plan.digest,
+        "notes": list(plan.notes),
+    }
+    shown = {s.name: {"shape": s.shape, "dtype": s.dtype, "parameters": dict(s.parameters)} for s in chosen}
+    if as_json:
+        click.echo(json.dumps(facts | ({"tensors": shown} if tensors else {}), indent=1))
+        return
+    click.echo(f"{facts['method']} of {len(plan.models)} models, {len(plan.steps)} tensors")
+    for model in plan.models:
+        click.echo(f"  {model.label}{'  (base)' if plan.base is not None and model is plan.models[plan.base] else ''}")
+    click.echo(f"reads          {_gb(plan.read_bytes)}")
+    click.echo(f"writes         {_gb(plan.write_bytes)} to {folder}; {_gb(free_bytes(folder))} free")
+    click.echo(f"projected peak {budget.peak / 2**20:.0f} MiB of memory with {budget.threads} threads (cap {memory})")
+    _say_notes(plan)
+    for name, facts_of in shown.items():
+        values = ", ".join(f"{k}={v}" for k, v in facts_of["parameters"].items())
+        click.echo(f"{name} {list(facts_of['shape'])} {facts_of['dtype']}: {values}")
+
+
+@main.command("verify")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--load", is_flag=True, help="Also load it with transformers: no missing, no unexpected tensors.")
+@JSON
+def verify_command(folder: Path, load: bool, as_json: bool) -> None:
+    """Checks that a written model in FOLDER is whole: every tensor against its digest.
+
+    Example: mergetool verify out/merged --load
+    """
+    from merge.verify import verify, verify_loading
+
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    with _progress("verify", size) as count:
+        facts = verify(folder, progress=count)
+    if load:
+        facts |= verify_loading(folder)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    click.echo(f"{folder}: {facts['tensors']} tensors, {_gb(facts['bytes'])}, digests: {facts['digests']}")
+    if load:
+        click.echo(f"{folder}: loads as {facts['loads_as']}; no tensor missing, none unexpected")
+
+
+@main.command("score")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--suite", "-s", default="quickstart", show_default=True, help="A shipped suite, or a folder with suite.yaml.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N documents of each task.")
+@click.option("--split", type=click.Choice(["heldout", "search"]), default="heldout", show_default=True)
+@OFFLINE
+@JSON
+def score_command(models: tuple[str, ...], suite: str, limit: int | None, split: str, offline: bool, as_json: bool) -> None:
+    """Scores MODELS side by side with lm-evaluation-harness, with standard errors.
+
+    A finished merge brings its parents along when their names can be found.
+
+    Example: mergetool score zoo:base out/quickstart --suite quickstart
+    """
+    from merge.pipeline import open_for_scoring
+    from merge.score import Suite, score_models, table
+
+    opened = Suite.named(suite, split=split)
+    folders = [open_for_scoring(m, offline=offline) for m in models]
+    with _progress("score", len(models) * len(opened.tasks)) as count:
+        scores = score_models(folders, opened, labels=list(models), limit=limit, progress=count)
+    click.echo(json.dumps(scores.as_json(), indent=1) if as_json else table(scores))
+
+
+@main.command("methods")
+@click.argument("name", required=False)
+@JSON
+def methods_command(name: str | None, as_json: bool) -> None:
+    """Lists the merge methods, or documents one from its signature.
+
+    Example: mergetool methods ties
+    """
+    from merge.methods import REQUIRED, all_methods
+
+    methods = all_methods()
+    if name is not None and name not in methods:
+        raise RequestError(f"no merge method {name!r}; there are {', '.join(methods)}")
+    chosen = [methods[name]] if name else list(methods.values())
+    if as_json:
+        click.echo(json.dumps([_method_facts(m) for m in chosen], indent=1))
+        return
+    for found in chosen:
+        if name is None:
+            click.echo(f"{found.name:16} {found.summary}")
+            continue
+        click.echo(f"{found.name}\n\n{found.text}\n")
+        if found.paper:
+            click.echo(f"Paper: {found.paper}\n")
+        for p in found.parameters.values():
+            default = "required" if p.default is REQUIRED else f"default {json.dumps(p.default)}"
+            scope = "per model" if p.per_model else "for all"
+            click.echo(f"  {p.name:20} {p.allowed}, {scope}, {default}\n{'':23}{p.text}")
+
+
+def _method_facts(method: Any) -> dict[str, Any]:
+    from merge.methods import REQUIRED
+
+    return {
+        "name": method.name,
+        "text": method.text,
+        "paper": method.paper,
+        "base": method.base,
+        "parameters": [
+            {"name": p.name, "allowed": p.allowed, "per_model": p.per_model, "required": p.default is REQUIRED}
+            | ({} if p.default is REQUIRED else {"default": p.default})
+            | {"text": p.text}
+            for p in method.parameters.values()
+        ],
+    }
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file, or a shipped recipe by its name."""
+    from merge.shipped import shipped
+
+    if Path(name).is_file() or name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    known = {p.stem: p for p in sorted(shipped("recipes").glob("*.yaml"))}
+    if name not in known:
+        raise RequestError(f"{name}: no such file, and no shipped recipe of that name; there are {', '.join(known)}")
+    return known[name]
+
+
+def _say_notes(plan: "Plan") -> None:
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"
+
+
+@contextmanager
+def _progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes per second and time left; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from threading import Lock
+
+    from tqdm import tqdm
+
+    lock = Lock()
+    in_bytes = stage != "score"
+    with tqdm(total=total, desc=stage, unit="B" if in_bytes else "task", unit_scale=in_bytes, leave=False) as bar:
+
+        def count(n: int) -> None:
+            with lock:
+                bar.update(n)
+
+        yield count
+
+
+if __name__ == "__main__":
+    main()

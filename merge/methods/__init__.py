@@ -1,0 +1,210 @@
+"""The registry of merge methods.
+
+A method is a function of one grain: `x`, one float32 array [rows, cols] per model, to one merged array.
+It registers with `@method`; its keyword-only arguments *are* the parameters of the recipe, so that
+validation, `mergetool methods NAME` and the tables of the documentation all come from the signature.
+
+Further positional arguments are handed in by their names:
+    x        list of arrays; with space="delta" they are task vectors and the result is added to the base
+    stats    what the method's statistics passes found out about the whole tensor
+    random   random(i) -> uint32 array like x[i], the same for the same seed, tensor, model and element
+
+A statistics pass is a generator: it yields a function of one grain, is sent that function's results
+summed over all grains of the tensor, and may yield again; what it returns becomes `stats`.
+"""
+
+import inspect
+import math
+import pkgutil
+import typing
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.numerics import Array
+
+T = TypeVar("T")
+Models = Sequence[Array]
+Statistic = NDArray[Any]
+Passes = Generator[Callable[[Models], Statistic], Statistic, Any]
+
+
+PER_MODEL = object()
+PerModel = Annotated[list[T], PER_MODEL]  # a parameter with one value per model
+
+
+def each(value: Any) -> Any:
+    """Default of a PerModel parameter: `value` for every model."""
+    return value
+
+
+@dataclass(frozen=True)
+class Range:
+    """Annotation: the allowed values of a number; infinite and NaN never are."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+            return False
+        return (value > self.low if self.above_low else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "finite"
+        if math.isinf(self.high):
+            return f"{'>' if self.above_low else '>='} {self.low:g}"
+        return f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+
+
+Weight = Annotated[float, Range()]
+Density = Annotated[float, Range(0, 1, above_low=True)]
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One recipe parameter as the signature states it; `kind` is float, int, bool or str."""
+
+    name: str
+    kind: type
+    per_model: bool
+    default: Any
+    range: Range
+    choices: tuple[str, ...]
+    text: str
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`, in the words of an error message, or None."""
+        if self.kind is bool:
+            return None if isinstance(value, bool) else "must be true or false"
+        if self.kind is str:
+            allowed = ", ".join(self.choices)
+            return None if value in self.choices else f"must be one of {allowed}"
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole and not (isinstance(value, float) and self.kind is float):
+            return "must be a whole number" if self.kind is int else "must be a number"
+        return None if self.range.holds(value) else f"must be {self.range}"
+
+    @property
+    def allowed(self) -> str:
+        if self.choices:
+            return " | ".join(self.choices)
+        return self.kind.__name__ if self.kind is not float else f"number {self.range}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method. `base` is "required", "first" (one of the models, put first) or "donor"
+    (only lends its files). `workspace` counts the float32 arrays of a grain alive at once, per model."""
+
+    name: str
+    function: Callable[..., Array]
+    space: Literal["weights", "delta"]
+    base: Literal["required", "first", "donor"]
+    models: tuple[int, int]
+    passes: int
+    workspace: int
+    paper: str
+    parameters: Mapping[str, Parameter]
+    statistics: Callable[..., Passes | None] | None
+    mergekit: Mapping[str, Any]
+    check: Callable[..., str | None] | None
+    copies: Callable[..., bool]
+    takes: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def text(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\nParameters:")[0].strip()
+
+    def arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Recipe parameters as keyword arguments (`lambda` is a word of Python)."""
+        return {("lambda_" if name == "lambda" else name): v for name, v in parameters.items()}
+
+
+_REGISTRY: dict[str, Method] = {}
+
+
+def method(
+    *,
+    space: Literal["weights", "delta"],
+    base: Literal["required", "first", "donor"],
+    models: tuple[int, int] = (1, 1000),
+    passes: int = 0,
+    workspace: int = 3,
+    paper: str = "",
+    statistics: Callable[..., Passes | None] | None = None,
+    mergekit: Mapping[str, Any] | None = None,
+    check: Callable[..., str | None] | None = None,
+    copies: Callable[..., bool] = lambda **_: False,
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Registers a function of one grain as the merge method of its name.
+
+    passes: statistics passes that the method usually makes; statistics(size, **parameters) starts them
+    (None: not needed with these parameters). mergekit: parameters that give mergekit's arithmetic.
+    check(**parameters) -> what is wrong with them together. copies(**parameters): the result is the
+    one model as it is stored, bit for bit.
+    """
+
+    def register(function: Callable[..., Array]) -> Callable[..., Array]:
+        signature = inspect.signature(function, eval_str=True)
+        takes = tuple(n for n, p in signature.parameters.items() if p.kind is not p.KEYWORD_ONLY)
+        texts = _parameter_texts(inspect.getdoc(function) or "")
+        parameters = [
+            _parameter(p, texts)
+            for p in signature.parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        _REGISTRY[function.__name__] = Method(
+            function.__name__, function, space, base, models, passes, workspace, paper,
+            {p.name: p for p in parameters}, statistics, mergekit or {}, check, copies, takes,
+        )  # fmt: skip
+        return function
+
+    return register
+
+
+def _parameter(argument: inspect.Parameter, texts: Mapping[str, str]) -> Parameter:
+    kind, per_model = argument.annotation, False
+    allowed, choices = Range(), ()
+    if typing.get_origin(kind) is Annotated and PER_MODEL in typing.get_args(kind):
+        (kind,), per_model = typing.get_args(typing.get_args(kind)[0]), True
+    if typing.get_origin(kind) is Annotated:
+        kind, allowed = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        kind, choices = str, typing.get_args(kind)
+    name = argument.name.rstrip("_")
+    return Parameter(name, kind, per_model, argument.default, allowed, choices, texts.get(name, ""))
+
+
+def _parameter_texts(doc: str) -> dict[str, str]:
+    """The `name: text` lines under "Parameters:" of a docstring."""
+    texts: dict[str, str] = {}
+    name = ""
+    for line in doc.partition("Parameters:\n")[2].splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent == 4:
+            name, _, text = line.strip().partition(": ")
+            texts[name] = text
+        elif indent > 4 and name:
+            texts[name] += " " + line.strip()
+    return texts
+
+
+@cache
+def all_methods() -> Mapping[str, Method]:
+    """Every method by name; imports the modules of this folder."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_REGISTRY.items()))

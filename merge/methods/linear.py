@@ -1,0 +1,69 @@
+"""Weighted sums: of the models, of their task vectors, and of one model with itself."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from merge.methods import Models, PerModel, Weight, each, method
+from merge.numerics import Array
+
+
+def weighted_sum(x: Models, weights: Sequence[float]) -> Array:
+    """Sum of x[i] * weights[i], added in the order of the models."""
+    total = x[0] * weights[0]
+    for model, weight in zip(x[1:], weights[1:], strict=True):
+        total += model * weight
+    return total
+
+
+def _sums_to_zero(*, weight: list[float], normalize: bool, **_: Any) -> str | None:
+    if normalize and abs(math.fsum(weight)) < 1e-6 * max(map(abs, weight)) or not any(weight):
+        return "the weights sum to 0 and cannot be normalized; change them or set normalize: false"
+    return None
+
+
+@method(space="weights", base="donor", check=_sums_to_zero, paper="arXiv:2203.05482", workspace=2)
+def linear(x: Models, *, weight: PerModel[Weight], normalize: bool = True) -> Array:
+    """Weighted average of the models: sum(w_i x_i) / sum(w_i).
+
+    The divisor is the signed sum, so that the coefficients of the models always add up to 1.
+
+    Parameters:
+        weight: coefficient of this model
+        normalize: divide the weights by their sum
+    """
+    divisor = math.fsum(weight) if normalize else 1.0
+    return weighted_sum(x, [w / divisor for w in weight])
+
+
+@method(space="delta", base="required", paper="arXiv:2212.04089", workspace=2)
+def task_arithmetic(
+    x: Models, *, weight: PerModel[Weight], normalize: bool = False, lambda_: Weight = 1.0
+) -> Array:
+    """The base plus weighted task vectors: base + lambda * sum(w_i (x_i - base)).
+
+    Parameters:
+        weight: coefficient of this model's task vector
+        normalize: divide the weights by the sum of their magnitudes, so that signs are kept
+        lambda: scale of the summed task vector
+    """
+    return weighted_sum(x, scaled_weights(weight, normalize, lambda_))
+
+
+def scaled_weights(weight: Sequence[float], normalize: bool, scale: float) -> list[float]:
+    """Coefficients of the task vectors; a sum of magnitudes of 0 leaves them at 0."""
+    divisor = math.fsum(map(abs, weight)) if normalize else 1.0
+    return [w * scale / (divisor or 1.0) for w in weight]
+
+
+@method(
+    space="weights", base="donor", models=(1, 1), workspace=2,
+    copies=lambda *, scale, **_: scale == [1.0],
+)  # fmt: skip
+def passthrough(x: Models, *, scale: PerModel[Weight] = each(1.0)) -> Array:
+    """The one model, scaled: s x. With scale 1 the stored bytes are copied as they are.
+
+    Parameters:
+        scale: factor on every value
+    """
+    return x[0] * scale[0]

@@ -1,0 +1,132 @@
+"""TIES: trim, elect signs, merge what agrees."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.methods import Density, Models, Passes, PerModel, Statistic, Weight, each, method
+from merge.methods.linear import weighted_sum
+from merge.numerics import Array
+
+BINS = 1 << 16
+LARGEST = 0x7F800000  # bits of infinity: no finite magnitude lies above
+
+
+def magnitude_thresholds(size: int, *, density: Sequence[float], **_: Any) -> Passes | None:
+    """Per model the k-th largest |x|, k = floor(density * size) but at least 1; exact.
+
+    float32 magnitudes sort like their bits, so each pass counts bits in BINS bins of a bracket that
+    holds the answer and the next pass takes the one bin that it fell in: two passes from 31 bits.
+    """
+    if all(d == 1.0 for d in density):
+        return None
+    return _searched_thresholds([max(1, int(d * size)) for d in density])
+
+
+def _searched_thresholds(ranks: Sequence[int]) -> Passes:
+    low, high = [0] * len(ranks), [LARGEST] * len(ranks)
+    remaining = list(ranks)  # rank counted from the top of the bracket
+    while any(a < b for a, b in zip(low, high, strict=True)):
+        shift = [max(0, (b - a).bit_length() - 16) for a, b in zip(low, high, strict=True)]
+        counts = yield partial(_count_in_brackets, low=low, high=high, shift=shift)
+        for i, bins in enumerate(counts):
+            from_top = np.cumsum(bins[::-1])
+            step = int(np.searchsorted(from_top, remaining[i]))
+            remaining[i] -= int(from_top[step - 1]) if step else 0
+            low[i] += (BINS - 1 - step) << shift[i]
+            high[i] = min(high[i], low[i] + (1 << shift[i]) - 1)
+    return np.array(low, dtype=np.uint32).view(np.float32)
+
+
+def _count_in_brackets(
+    x: Models, *, low: Sequence[int], high: Sequence[int], shift: Sequence[int]
+) -> Statistic:
+    """Counts [models, BINS] int64 of magnitudes whose bits lie in [low, high], by (bits - low) >> shift."""
+    counts = np.zeros((len(x), BINS), dtype=np.int64)
+    for i, delta in enumerate(x):
+        bits = np.abs(delta).view(np.uint32).ravel()
+        if (low[i], high[i]) != (0, LARGEST):
+            bits -= np.uint32(low[i])  # below the bracket wraps around to above it
+            bits = bits[bits <= high[i] - low[i]]
+        bits >>= shift[i]
+        counts[i] = np.bincount(bits, minlength=BINS)[:BINS]
+    return counts
+
+
+def elected(x: Models, votes: Models) -> list[NDArray[np.bool_]]:
+    """Per model, where its value has the sign of the summed `votes`; nowhere where they cancel."""
+    total = votes[0].copy()
+    for vote in votes[1:]:
+        total += vote
+    up, down = total > 0, total < 0
+    return [((value > 0) & up) | ((value < 0) & down) for value in x]
+
+
+def disjoint_merge(
+    x: Models,
+    weight: Sequence[float],
+    *,
+    normalize: bool,
+    lambda_: float,
+    weights_in_election: bool,
+    signed_divisor: bool,
+) -> Array:
+    """Weighted sum (normalize: mean) of the values that carry the elected sign, times lambda."""
+    votes = [v * w for v, w in zip(x, weight, strict=True)] if weights_in_election else x
+    agree = elected(votes, votes)
+    total = weighted_sum([v * a for v, a in zip(x, agree, strict=True)], weight)
+    if normalize:
+        shares = [w if signed_divisor else abs(w) for w in weight]
+        divisor = weighted_sum(agree, shares)
+        divisor = divisor.astype(np.float32, copy=False)
+        divisor[np.abs(divisor) < 1e-8] = 1.0
+        total /= divisor
+    if lambda_ != 1.0:
+        total *= np.float32(lambda_)
+    return total
+
+
+MERGEKIT = {"weights_in_election": True, "signed_divisor": True}
+
+
+@method(
+    space="delta", base="required", passes=2, workspace=8, statistics=magnitude_thresholds,
+    mergekit=MERGEKIT, paper="arXiv:2306.01708",
+)  # fmt: skip
+def ties(
+    x: Models,
+    stats: Any,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Density] = each(1.0),
+    normalize: bool = True,
+    lambda_: Weight = 1.0,
+    weights_in_election: bool = False,
+    signed_divisor: bool = False,
+    int8_mask: bool = False,
+) -> Array:
+    """Trimmed task vectors, a sign elected per parameter, the mean of those that agree with it.
+
+    base + lambda * sum_i(w_i d_i [agree_i]) / sum_i(|w_i| [agree_i]), where d_i keeps the largest
+    `density` of |x_i - base| (values equal to the smallest one kept stay too) and agree_i holds where
+    d_i has the sign of sum_i(d_i). Without weights this is the paper's algorithm.
+
+    Parameters:
+        weight: coefficient of this model's task vector
+        density: fraction of the values that trimming keeps
+        normalize: divide by the summed weights of the agreeing models (the paper's mean)
+        lambda: scale of the merged task vector
+        weights_in_election: let the weights count in the election (mergekit does)
+        signed_divisor: divide by signed weights (mergekit does; negative weights then change sign)
+        int8_mask: accepted for mergekit's sake; without effect
+    """
+    if stats is not None:
+        x = [d * (np.abs(d) >= t) for d, t in zip(x, stats, strict=True)]
+    return disjoint_merge(
+        x, weight, normalize=normalize, lambda_=lambda_,
+        weights_in_election=weights_in_election, signed_divisor=signed_divisor,
+    )  # fmt: skip
+

@@ -1,0 +1,94 @@
+"""A model as a recipe names it: a local folder, a hub id with an optional revision, or zoo:NAME."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.errors import SourceError
+from merge.shipped import shipped
+from merge.sources import Source
+from merge.sources.safetensors import open_safetensors, weight_files
+
+HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
+ZOO = "zoo:"
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: how the recipe names it, its folder, config.json, tensors and hub commit."""
+
+    label: str
+    folder: Path
+    config: Mapping[str, Any]
+    source: Source
+    commit: str | None = None
+
+    @property
+    def public_name(self) -> str:
+        """The hub id or zoo name, or the folder's name: what may be told to others."""
+        return self.label if self.commit or self.label.startswith(ZOO) else self.folder.name
+
+    @property
+    def tied(self) -> bool:
+        return bool(_text_config(self.config).get("tie_word_embeddings", self.config.get("tie_word_embeddings", False)))
+
+    def files(self) -> list[Path]:
+        """The weight files, for telling later whether they changed."""
+        return [self.folder / name for name in weight_files(self.folder)]
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def open_model(label: str, beside: Sequence[Path] = (), fetch: Callable[[str, str | None], tuple[Path, str]] | None = None) -> Model:
+    """The model that `label` names; raises SourceError.
+
+    beside: folders that relative paths may start from, after the current one. fetch(repo, revision)
+    -> (folder, commit) gets a model from the hub; None means that this is not wanted.
+    """
+    folder, commit = _locate(label, beside, fetch)
+    return Model(label, folder, read_json(folder / "config.json"), open_safetensors(folder), commit)
+
+
+def _locate(label: str, beside: Sequence[Path], fetch: Callable[[str, str | None], tuple[Path, str]] | None) -> tuple[Path, str | None]:
+    if label.startswith(ZOO):
+        return _in_zoo(label), None
+    places = {(start / Path(label).expanduser()).resolve() for start in (Path(), *beside)}
+    found = [place for place in places if place.is_dir()]
+    if len(found) > 1:
+        raise SourceError(f"model {label!r} is both {found[0]} and {found[1]}; write the whole path")
+    if found:
+        return found[0], None
+    if "+" in label:
+        raise SourceError(f"model {label!r}: adapters (model+adapter) cannot be merged yet; merge the adapter into its base first")
+    hub = HUB_ID.match(label)
+    if fetch and hub and not label.startswith((".", "/", "~")):
+        return fetch(hub["repo"], hub["revision"])
+    raise SourceError(f"model {label!r}: no such folder, and not a hub id (owner/name or owner/name@revision)")
+
+
+def _in_zoo(label: str) -> Path:
+    zoo = shipped("evals/zoo")
+    folder = zoo / label.removeprefix(ZOO)
+    if ".." in label or not folder.is_dir():
+        names = ", ".join(ZOO + p.parent.name for p in sorted(zoo.glob("*/config.json")))
+        raise SourceError(f"model {label!r}: not in the tiny model family; it has {names}")
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON table from a model folder; raises SourceError."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{file}: missing; a model folder has one") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{file}: holds a {type(data).__name__}, not a table")
+    return data

@@ -1,0 +1,389 @@
+"""The only loop over blocks: reads the inputs of a step, merges them grain by grain, hands on the rows.
+
+Whatever a thread does lies between two calls of numpy or the operating system that release the
+interpreter, so that plain threads use all cores. A step whose method knows the whole tensor first
+(statistics passes) keeps its inputs in memory between passes where they fit; otherwise it reads again.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from merge.budget import Budget, aligned, block_rows, held_bytes
+from merge.errors import NonFiniteError
+from merge.methods import Models, Passes, Statistic
+from merge.numerics import (
+    STORAGE,
+    Array,
+    Raw,
+    combined_digest,
+    first_nonfinite,
+    from_float32,
+    grain_digest,
+    grain_rows,
+    pairwise,
+    random_key,
+    random_uint32,
+    to_float32,
+)
+from merge.plan import Plan, Step
+
+Block = tuple[int, int]  # first row, end row; whole grains
+Measure = Callable[[Models], Statistic]
+
+
+@dataclass(frozen=True)
+class StepDigests:
+    """Digests of a finished step: of its output and of each input, the base first."""
+
+    output: str
+    inputs: tuple[str, ...]
+
+
+class Writer(Protocol):
+    def write(self, step: Step, first_row: int, rows: Sequence[Raw]) -> None: ...
+
+    def finished(self, step: Step, digests: StepDigests) -> None: ...
+
+
+def run(
+    plan: Plan,
+    budget: Budget,
+    writer: Writer,
+    steps: Iterable[Step],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Runs `steps` of `plan`. progress(n): n more bytes were read or written.
+
+    Raises ReadError, NonFiniteError or WriteError; what finished before it was handed to the writer.
+    """
+    slots = _Slots(budget)
+    with _Crew(budget.threads) as crew:
+        for step in steps:
+            job = _Job(plan, step, writer, progress, block_rows(step, budget.block))
+            if len(job.blocks) == 1:
+                crew.submit(job.run_alone)
+            else:
+                _run_in_blocks(job, crew, slots)
+
+
+def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
+    """Statistics passes wait for all blocks; the last pass does not, so that steps overlap."""
+    passes = job.passes()
+    held = slots.take(job.step, crew.check) if passes else None
+    if held is not None:
+        job.hold(held)
+    stats = _driven(passes, lambda measure: crew_sum(crew, job, measure)) if passes else None
+    remaining = _Countdown(len(job.blocks), lambda: slots.give(held))
+    for block in job.blocks:
+        crew.submit(job.emit, block, stats, remaining)
+
+
+def crew_sum(crew: "_Crew", job: "_Job", measure: Measure) -> Statistic:
+    """`measure` summed over all grains: integers as they come, floats in the order of the grains."""
+    total = _Total()
+    crew.map(lambda block: total.add(block, job.measured(block, measure)), job.blocks)
+    job.was_read = True
+    return total.value()
+
+
+def _driven(passes: Passes, measured: Callable[[Measure], Statistic]) -> Any:
+    try:
+        wanted = next(passes)
+        while True:
+            wanted = passes.send(measured(wanted))
+    except StopIteration as stop:
+        return stop.value
+
+
+@dataclass
+class _Job:
+    """One step on its way: its blocks, its inputs held in memory or not, its digests so far."""
+
+    plan: Plan
+    step: Step
+    writer: Writer
+    progress: Callable[[int], None]
+    rows: int
+    was_read: bool = False  # every block was read (and checked, digested) once
+    held: list[Raw] | None = None
+    output_digests: dict[int, bytes] = field(default_factory=dict)
+    input_digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[Block]:
+        total = self.step.rows
+        return [(a, min(a + self.rows, total)) for a in range(0, total, self.rows)] or [(0, 0)]
+
+    def passes(self) -> Passes | None:
+        statistics = self.plan.recipe.method.statistics
+        if statistics is None or self.step.copy:
+            return None
+        return statistics(self.step.rows * self.step.cols, **self._arguments())
+
+    def hold(self, memory: Raw) -> None:
+        """Uses `memory` (bytes) for all inputs of the step."""
+        self.held, start = [], 0
+        for operand in self.step.inputs:
+            part = memory[start : start + operand.info.nbytes]
+            self.held.append(part.view(STORAGE[operand.info.dtype]).reshape(self.step.rows, -1))
+            start += aligned(operand.info.nbytes)
+
+    def run_alone(self) -> None:
+        """The whole step in one thread; its one block is read once."""
+        inputs = self._fetch(self.blocks[0])
+        self.was_read, self.held = True, inputs
+        passes = self.passes()
+        stats = None
+        if passes:
+            stats = _driven(passes, lambda measure: _reduced(self.measured(self.blocks[0], measure)))
+        self.emit(self.blocks[0], stats, _Countdown(1, lambda: None))
+
+    def measured(self, block: Block, measure: Measure) -> list[Statistic]:
+        """`measure` of each grain of a block, integers already added up."""
+        inputs = self._fetch(block)
+        first = block[0]
+        parts = [measure(self._operands(inputs, a - first, b - first)[0]) for a, b in self._grains(block)]
+        return [_reduced(parts)] if parts[0].dtype.kind in "iu" else parts
+
+    def emit(self, block: Block, stats: Any, remaining: "_Countdown") -> None:
+        """Merges a block and writes it; the last one to finish completes the step."""
+        inputs = self._fetch(block)
+        out: list[Raw] = []
+        for a, b in self._grains(block):
+            rows = inputs[0][a - block[0] : b - block[0]] if self.step.copy else self._merged(inputs, block, a, b, stats)
+            self.output_digests[a] = grain_digest(rows)
+            out.append(rows)
+        self.writer.write(self.step, block[0], out)
+        self.progress(sum(rows.nbytes for rows in out))
+        if remaining.last():
+            self.writer.finished(self.step, self._digests())
+
+    def _merged(self, inputs: Sequence[Raw], block: Block, first: int, end: int, stats: Any) -> Raw:
+        method = self.plan.recipe.method
+        operands, base = self._operands(inputs, first - block[0], end - block[0])
+        given = {"x": operands, "stats": stats, "random": self._random(first, end)}
+        with np.errstate(all="ignore"):  # infinities are met by the check below
+            merged = method.function(*(given[name] for name in method.takes), **self._arguments())
+            if base is not None:
+                merged = base + merged
+            out = from_float32(np.ascontiguousarray(merged), self.step.dtype)
+        if not self.plan.recipe.sections.allow_nonfinite:
+            self._check_output(out, first)
+        return out
+
+    def _operands(self, inputs: Sequence[Raw], first: int, end: int) -> tuple[list[Array], Array | None]:
+        """Rows first to end of a block as float32, the base taken off where there is one."""
+        x = [
+            to_float32(raw[first:end], operand.info.dtype)
+            for raw, operand in zip(inputs, self.step.inputs, strict=True)
+        ]
+        if self.step.base is None:
+            return x, None
+        base, *models = x
+        with np.errstate(all="ignore"):
+            for model in models:
+                np.subtract(model, base, out=model)
+        return models, base
+
+    def _random(self, first: int, end: int) -> Callable[[int], Any]:
+        cols = self.step.cols
+        seed = self.step.parameters.get("seed", 0)
+
+        def random(model: int) -> Any:
+            key = random_key(seed, self.step.name, model)
+            return random_uint32(key, first * cols, (end - first) * cols).reshape(end - first, cols)
+
+        return random
+
+    def _fetch(self, block: Block) -> list[Raw]:
+        """The stored rows of all inputs; the first time they are checked and digested."""
+        first, end = block
+        held = None if self.held is None else [raw[first:end] for raw in self.held]
+        if held is not None and self.was_read:
+            return held
+        buffers = held or _thread_buffers(self.step, end - first)
+        for index, (operand, rows) in enumerate(zip(self.step.inputs, buffers, strict=True)):
+            source = self.plan.models[operand.model].source
+            source.read(operand.tensor, first, end, memoryview(rows).cast("B"))
+            if not self.was_read:
+                self._check_input(index, rows, first)
+                for a, b in self._grains(block):
+                    self.input_digests[index, a] = grain_digest(rows[a - first : b - first])
+                self.progress(rows.nbytes)
+        return buffers
+
+    def _grains(self, block: Block) -> Iterator[Block]:
+        grain = grain_rows(self.step.shape)
+        for first in range(block[0], block[1], grain):
+            yield first, min(first + grain, block[1])
+
+    def _arguments(self) -> dict[str, Any]:
+        return self.plan.recipe.method.arguments(self.step.parameters)
+
+    def _check_input(self, index: int, rows: Raw, first: int) -> None:
+        operand = self.step.inputs[index]
+        if self.plan.recipe.sections.allow_nonfinite or self.step.copy:
+            return
+        at = first_nonfinite(rows, operand.info.dtype)
+        if at is not None:
+            label = self.plan.models[operand.model].label
+            value = to_float32(rows.reshape(-1)[at : at + 1], operand.info.dtype)[0]
+            raise NonFiniteError(
+                f"{label}: tensor {operand.tensor!r} holds {value} at {_position(self.step, first, at)}; "
+                "repair the model, or allow it with allow_nonfinite: true"
+            )
+
+    def _check_output(self, rows: Raw, first: int) -> None:
+        at = first_nonfinite(rows, self.step.dtype)
+        if at is not None:
+            raise NonFiniteError(
+                f"merged tensor {self.step.name!r} overflows {self.step.dtype} at "
+                f"{_position(self.step, first, at)}; choose a wider out_dtype or smaller weights"
+            )
+
+    def _digests(self) -> StepDigests:
+        count = len(self.step.inputs)
+        starts = sorted(self.output_digests)
+        inputs = tuple(combined_digest(self.input_digests[i, a] for a in starts) for i in range(count))
+        return StepDigests(combined_digest(self.output_digests[a] for a in starts), inputs)
+
+
+def _position(step: Step, first_row: int, at: int) -> str:
+    """Where element `at` after the start of `first_row` lies, as an index of the tensor."""
+    flat = first_row * step.cols + at
+    return "[" + ", ".join(str(int(i)) for i in np.unravel_index(flat, step.shape or (1,))) + "]"
+
+
+_buffers = threading.local()
+
+
+def _thread_buffers(step: Step, rows: int) -> list[Raw]:
+    """Reused memory of this thread for `rows` rows of each input."""
+    pool: list[Raw] = getattr(_buffers, "pool", [])
+    _buffers.pool = pool
+    views: list[Raw] = []
+    for i, operand in enumerate(step.inputs):
+        wanted = rows * operand.info.row_bytes
+        if i == len(pool):
+            pool.append(np.empty(wanted, np.uint8))
+        elif pool[i].size < wanted:
+            pool[i] = np.empty(wanted, np.uint8)
+        views.append(pool[i][:wanted].view(STORAGE[operand.info.dtype]).reshape(rows, step.cols))
+    return views
+
+
+def _reduced(parts: Sequence[Statistic]) -> Statistic:
+    if parts[0].dtype.kind not in "iu":
+        return pairwise(parts)
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+class _Total:
+    """Sum of statistics that threads bring in any order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sum: Statistic | None = None
+        self._floats: dict[Block, list[Statistic]] = {}
+
+    def add(self, block: Block, parts: list[Statistic]) -> None:
+        with self._lock:
+            if parts[0].dtype.kind not in "iu":
+                self._floats[block] = parts
+            elif self._sum is None:
+                self._sum = parts[0]
+            else:
+                self._sum += parts[0]
+
+    def value(self) -> Statistic:
+        if self._sum is not None:
+            return self._sum
+        return pairwise([part for block in sorted(self._floats) for part in self._floats[block]])
+
+
+class _Countdown:
+    """Tells which of `count` callers is the last, after calling `then` once."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left, self._then, self._lock = count, then, threading.Lock()
+
+    def last(self) -> bool:
+        with self._lock:
+            self._left -= 1
+            is_last = self._left == 0
+        if is_last:
+            self._then()
+        return is_last
+
+
+class _Slots:
+    """Two buffers for held inputs: one step is being finished while the next is being read."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._size = budget.hold
+        self._free = threading.Semaphore(budget.slots)
+        self._idle: list[Raw] = []
+
+    def take(self, step: Step, check: Callable[[], None]) -> Raw | None:
+        """Memory for the inputs of `step`, or None where they do not fit; `check` raises to give up."""
+        if held_bytes(step) > self._size:
+            return None
+        while not self._free.acquire(timeout=0.1):
+            check()
+        return self._idle.pop() if self._idle else np.empty(self._size, np.uint8)
+
+    def give(self, memory: Raw | None) -> None:
+        if memory is not None:
+            self._idle.append(memory)
+            self._free.release()
+
+
+class _Crew:
+    """Threads that take tasks in order; the first error stops the taking and is raised at the next call."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
+        self._room = threading.Semaphore(4 * threads)
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "_Crew":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._error = self._error or error
+        self._pool.shutdown(wait=True, cancel_futures=self._error is not None)
+        if self._error is not None and self._error is not error:
+            raise self._error
+
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[None]":
+        self._room.acquire()
+        if self._error is not None:
+            self._room.release()
+        self.check()
+        return self._pool.submit(self._guarded, task, *arguments)
+
+    def map(self, task: Callable[[Block], None], blocks: Sequence[Block]) -> None:
+        for future in [self.submit(task, block) for block in blocks]:
+            future.result()
+        self.check()
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _guarded(self, task: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            if self._error is None:
+                task(*arguments)
+        except BaseException as error:
+            self._error = self._error or error
+        finally:
+            self._room.release()

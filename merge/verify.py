@@ -1,0 +1,133 @@
+"""The written model against its provenance: is every byte where it should be?"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merge.errors import SourceError, VerifyError
+from merge.numerics import (
+    STORAGE,
+    combined_digest,
+    first_nonfinite,
+    grain_digest,
+    grain_rows,
+    rows_and_cols,
+)
+from merge.sources import TensorInfo
+from merge.sources.model import read_json
+from merge.sources.safetensors import INDEX, open_safetensors, weight_files
+
+PROVENANCE = "mergetool.json"
+READ_ROWS = 4  # grains read at once
+
+
+def verify(folder: Path, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+    """What was verified, as a table; raises VerifyError at the first thing that is wrong.
+
+    With a provenance file every tensor's shape, dtype and digest is compared with it; without one
+    (a model that another tool made) headers, index and finite values are checked.
+    """
+    try:
+        source = open_safetensors(folder)
+        read_json(folder / "config.json")
+        provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None
+    except SourceError as error:
+        raise VerifyError(str(error)) from None
+    _check_strays(folder)
+    expected = provenance["outputs"] if provenance else {}
+    if provenance:
+        _check_tables(folder, source.tensors, expected)
+
+    def check(item: tuple[str, TensorInfo]) -> None:
+        name, info = item
+        _check_tensor(folder, name, info, expected.get(name, {}).get("digest"), bool(provenance))
+        progress(info.nbytes)
+
+    _each(check, source.tensors.items(), threads)
+    return {
+        "folder": str(folder),
+        "tensors": len(source.tensors),
+        "bytes": sum(info.nbytes for info in source.tensors.values()),
+        "digests": "all equal" if provenance else f"no {PROVENANCE}: headers and finite values checked only",
+    }
+
+
+def _each(check: Callable[[tuple[str, TensorInfo]], None], items: Iterable[tuple[str, TensorInfo]], threads: int | None) -> None:
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(check, items))
+
+
+def _check_strays(folder: Path) -> None:
+    known = set(weight_files(folder))
+    strays = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in known)
+    if strays:
+        raise VerifyError(f"{folder}: {strays[0]} is not in {INDEX}; a loader may take it for a part of the model")
+
+
+def _check_tables(folder: Path, found: Any, expected: dict[str, Any]) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        where = "is missing" if name in expected else f"is not in {PROVENANCE}"
+        raise VerifyError(f"{folder}: tensor {name!r} {where}")
+    for name, info in found.items():
+        want = expected[name]
+        if [info.dtype, list(info.shape)] != [want["dtype"], want["shape"]]:
+            raise VerifyError(
+                f"{folder}: tensor {name!r} is {info.dtype} {list(info.shape)}, "
+                f"not {want['dtype']} {want['shape']} as {PROVENANCE} says"
+            )
+
+
+def _check_tensor(folder: Path, name: str, info: TensorInfo, digest: str | None, known: bool) -> None:
+    descriptor = os.open(info.file, os.O_RDONLY)
+    try:
+        if known:
+            found = stored_digest(descriptor, info.offset, info.shape, info.dtype)
+            if found != digest:
+                raise VerifyError(f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes changed since it was written")
+            return
+        for first, rows in _grains(descriptor, info.offset, info.shape, info.dtype):
+            at = first_nonfinite(rows, info.dtype)
+            if at is not None:
+                raise VerifyError(f"{folder}: tensor {name!r} holds NaN or infinity in element {first * info.cols + at}")
+    finally:
+        os.close(descriptor)
+
+
+def stored_digest(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) -> str | None:
+    """Digest of a tensor as it lies in a file; None where the file ends before it does."""
+    try:
+        return combined_digest(grain_digest(rows) for _, rows in _grains(descriptor, offset, shape, dtype))
+    except EOFError:
+        return None
+
+
+def _grains(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) -> Iterable[tuple[int, Any]]:
+    """(first row, rows) of every grain of a stored tensor, in memory that is reused."""
+    rows, cols = rows_and_cols(shape)
+    grain = grain_rows(shape)
+    row_bytes = cols * STORAGE[dtype].itemsize
+    memory = np.empty(min(grain, max(1, rows)) * row_bytes, np.uint8)
+    for first in range(0, rows, grain) if rows else (0,):
+        end = min(first + grain, rows)
+        part = memory[: (end - first) * row_bytes]
+        done = 0
+        while done < part.nbytes:
+            got = os.preadv(descriptor, [part.data[done:]], offset + first * row_bytes + done)
+            if got == 0:
+                raise EOFError
+            done += got
+        yield first, part.view(STORAGE[dtype]).reshape(end - first, cols)
+
+
+def provenance_of(folder: Path) -> dict[str, Any] | None:
+    """The provenance file of a finished merge, or None where `folder` is none."""
+    try:
+        data = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and "plan" in data else None
