@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge.errors import PlanError
+from merge.errors import PlanError, SourceError
 from merge.sources.model import Model, read_json
 
 MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
@@ -56,7 +56,10 @@ def _first_vocabulary_difference(a: Path, b: Path) -> str | None:
     files = [folder / "tokenizer.json" for folder in (a, b)]
     if not all(f.is_file() for f in files) or _same_bytes(*files):
         return None
-    ours, theirs = (dict(_vocabulary(f)) for f in files)
+    try:
+        ours, theirs = (dict(_vocabulary(f)) for f in files)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise SourceError(f"{files[0]} or {files[1]}: not a tokenizer file") from None
     for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, 1 << 62), theirs.get(t, 0))):
         if ours.get(token) != theirs.get(token):
             return f"token {token!r} has id {theirs.get(token)}, not {ours.get(token)}"

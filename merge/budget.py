@@ -6,51 +6,81 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from merge.errors import PlanError
+from merge.fuse import available
 from merge.numerics import grain_rows
 from merge.plan import Plan, Step
 from merge.recipe import parse_size
 
-RESERVED = 112 << 20  # bytes: interpreter, numpy, libraries, plan; 74 MiB measured for a 1 B model
+RESERVED = 96 << 20  # bytes: interpreter, numpy, libraries, plan; 60 MiB measured for a 1 B model
+COMPILER = 144 << 20  # bytes: numba and LLVM with a method compiled; 125 MiB measured
 BLOCK = 4 << 20  # bytes of one input read at once: larger gains nothing, smaller costs calls
 SLACK = 1.25  # freed arrays that the allocator keeps, over those alive
 STATISTIC = 1 << 20  # bytes per model and thread of a statistics pass: counts and their copy
 FIXED_ARRAYS = 4  # float32 grains alive per thread beside those counted per model
 DEFAULT_MEMORY = "512MiB"
+FUSE_FROM = 1 << 28  # input values of a merge from which compiling (1 to 2 s) pays
 
 
 @dataclass(frozen=True)
 class Budget:
     """Sizes in bytes. `block`: one input's part of a block; `hold`: inputs of one tensor kept between
-    passes, in each of `slots` buffers (0: always read again); `peak`: projected for the process."""
+    passes, in each of `slots` buffers (0: always read again); `peak`: projected for the process; `fuse`: compile methods."""
 
     threads: int
     block: int
     hold: int
     slots: int
     peak: int
+    fuse: bool
 
 
-def make_budget(plan: Plan, memory: str = DEFAULT_MEMORY, threads: int | None = None) -> Budget:
-    """The fastest way to run `plan` within `memory`; PlanError names the smallest cap that would do."""
+def make_budget(
+    plan: Plan,
+    memory: str = DEFAULT_MEMORY,
+    threads: int | None = None,
+    *,
+    fuse: bool | None = None,
+) -> Budget:
+    """The fastest way to run `plan` within `memory`; PlanError names the smallest cap that would do.
+
+    fuse: whether methods are compiled; by default where it pays and the compiler fits.
+    """
     cap = parse_size(memory)
     wanted = threads or len(os.sched_getaffinity(0))
-    for count in range(wanted, 0, -1):
-        for block in (BLOCK, BLOCK // 4, 0):
-            base = RESERVED + count * _per_thread(plan, block)
-            if base <= cap:
-                return _with_holds(plan, count, block, base, cap)
-    smallest = RESERVED + _per_thread(plan, 0)
+    for compiled in [worth_fusing(plan), False] if fuse is None else [fuse]:
+        for count in range(wanted, 0, -1):
+            for block in (BLOCK, BLOCK // 4, 0):
+                base = _base(plan, compiled, count, block)
+                if base <= cap:
+                    return _with_holds(plan, count, block, base, cap, compiled)
+    smallest = _base(plan, bool(fuse), 1, 0)
     raise PlanError(
         f"--memory {memory} is too small for this merge; {-(-smallest >> 20)}MiB is the least that would do"
     )
 
 
-def _with_holds(plan: Plan, threads: int, block: int, base: int, cap: int) -> Budget:
+def worth_fusing(plan: Plan) -> bool:
+    """Whether compiled methods are expected to save more time than compiling takes."""
+    values = sum(step.rows * step.cols * len(step.inputs) for step in plan.steps if not step.copy)
+    return values >= FUSE_FROM and available()
+
+
+def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
+    """Projected bytes without held inputs. Compiled, only a loop's first grain is computed by numpy."""
+    steps = list(_distinct(plan.steps))
+    blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
+    arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
+    if fuse:
+        return RESERVED + COMPILER + threads * blocks + arrays
+    return RESERVED + threads * (blocks + arrays)
+
+
+def _with_holds(plan: Plan, threads: int, block: int, base: int, cap: int, fuse: bool) -> Budget:
     sizes = [held_bytes(s) for s in plan.steps if not s.copy and grains(s) > 1] if plan.recipe.method.passes else []
     slots = 2 if sizes else 0
     room = (cap - base) // slots if slots else 0
     hold = max((size for size in sizes if size <= room), default=0)
-    return Budget(threads, block, hold, slots if hold else 0, base + slots * hold)
+    return Budget(threads, block, hold, slots if hold else 0, base + slots * hold, fuse)
 
 
 def held_bytes(step: Step) -> int:
@@ -73,20 +103,20 @@ def block_rows(step: Step, block: int) -> int:
     return min(grain * max(1, block // max(1, grain * widest)), max(1, step.rows))
 
 
-def _per_thread(plan: Plan, block: int) -> int:
-    return max((_thread_bytes(plan, step, block) for step in _distinct(plan.steps)), default=0)
-
-
-def _thread_bytes(plan: Plan, step: Step, block: int) -> int:
+def _block_bytes(plan: Plan, step: Step, block: int) -> int:
+    """What a thread needs for one block: its rows as stored, in and out, and its statistics."""
     rows = block_rows(step, block)
     raw = rows * (sum(o.info.row_bytes for o in step.inputs) + step.nbytes // max(1, step.rows))
-    if step.copy:
-        return raw
     method = plan.recipe.method
-    arrays = len(step.inputs) + method.workspace * len(step.operands) + FIXED_ARRAYS
-    floats = arrays * min(grain_rows(step.shape), step.rows) * step.cols * 4
-    statistics = STATISTIC * len(step.operands) * 2 if method.passes else 0
-    return raw + int(SLACK * floats) + statistics
+    return raw + (STATISTIC * len(step.operands) * 2 if method.passes and not step.copy else 0)
+
+
+def _array_bytes(plan: Plan, step: Step) -> int:
+    """float32 arrays of one grain that numpy has alive at once."""
+    if step.copy:
+        return 0
+    arrays = len(step.inputs) + plan.recipe.method.workspace * len(step.operands) + FIXED_ARRAYS
+    return arrays * min(grain_rows(step.shape), step.rows) * step.cols * 4
 
 
 def _distinct(steps: Iterable[Step]) -> Iterable[Step]:

@@ -13,8 +13,10 @@ import yaml
 from merge.numerics import combined_digest
 from merge.plan import FORMAT, Plan
 from merge.recipe import OUT_DTYPES
+from merge.sources.safetensors import INDEX
 from merge.stream import StepDigests
 from merge.verify import PROVENANCE
+from merge.write import index_text, layout, writing
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 WEIGHTS += (".safetensors.index.json", ".bin.index.json", ".tflite", ".ot", ".npz")
@@ -24,6 +26,11 @@ CARD = "README.md"
 
 def carry_files(plan: Plan, model: Path) -> None:
     """Copies config, tokenizer and everything else of the donor that is not weights, byte for byte."""
+    with writing(model):
+        _carry(plan, model)
+
+
+def _carry(plan: Plan, model: Path) -> None:
     donor = plan.models[plan.donor].folder
     for file in sorted(donor.rglob("*")):
         inside = file.relative_to(donor)
@@ -56,9 +63,10 @@ def provenance(plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[s
         "versions": {"mergetool": own_version(), "numpy": np.__version__},
         "recipe": resolved(plan),
         "donor": plan.models[plan.donor].public_name,
-        "inputs": _inputs(plan, digests),
+        "inputs": told_inputs(plan, digests),
         "input_sizes": _sizes(plan, inputs),
         "notes": plan.notes,
+        "files": _file_digests(plan),
         "outputs": {
             step.name: {"dtype": step.dtype, "shape": step.shape, "digest": digests[step.name].output}
             for step in plan.steps
@@ -67,11 +75,21 @@ def provenance(plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[s
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
+def _file_digests(plan: Plan) -> dict[str, str]:
+    """Digest of what lies around the tensors: the header of each weight file, and the index."""
+    shards = layout(plan)
+    texts = {shard.file: shard.header for shard in shards}
+    if len(shards) > 1:
+        texts[INDEX] = index_text(plan, shards).encode()
+    return {file: combined_digest([text]) for file, text in texts.items()}
+
+
 def _sizes(plan: Plan, inputs: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
     return {m.public_name: {f.name: inputs[str(f)][0] for f in m.files()} for m in plan.models}
 
 
-def _inputs(plan: Plan, digests: Mapping[str, StepDigests]) -> list[dict[str, Any]]:
+def told_inputs(plan: Plan, digests: Mapping[str, StepDigests]) -> list[dict[str, Any]]:
+    """Per model its name, commit, and one digest of all tensors that were read from it."""
     tensors: list[dict[str, str]] = [{} for _ in plan.models]
     for step in plan.steps:
         for operand, digest in zip(step.inputs, digests[step.name].inputs, strict=True):
@@ -101,6 +119,8 @@ def resolved(plan: Plan) -> dict[str, Any]:
     ]
     if shared := _values(recipe.shared):
         out["parameters"] = shared
+    if sections.tokenizer_source:
+        out["tokenizer_source"] = names.get(sections.tokenizer_source, sections.tokenizer_source)
     keep = ("dtype", "out_dtype", "compat", "missing_tensors", "extra_tensors", "allow_nonfinite", "shard_size")
     out |= {key: getattr(sections, key) for key in keep if getattr(sections, key) is not None}
     return out

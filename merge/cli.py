@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -15,26 +15,56 @@ if TYPE_CHECKING:
     from merge.plan import Plan
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
-MEMORY = click.option("--memory", default="512MiB", show_default=True, help="Cap on this process's memory.")
+
+
+def _a_size(context: click.Context, option: click.Parameter, value: str) -> str:
+    from merge.recipe import parse_size
+
+    try:
+        parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+MEMORY = click.option(
+    "--memory", default="512MiB", show_default=True, callback=_a_size, help="Cap on this process's memory."
+)
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads; default: one per core.")
 OFFLINE = click.option("--offline", is_flag=True, help="Take hub models from the cache alone.")
 OUTPUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder, instead of the recipe's.")
 
 
 class _Group(click.Group):
-    """Prints a MergetoolError as one line and exits with its code; --debug shows the traceback."""
+    """Prints an error as one line and exits with its code; --debug shows the traceback."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*arguments, **more)
+        except click.UsageError as error:
+            _exit(error.format_message(), error.exit_code)
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except MergetoolError as error:
+        except click.UsageError as error:
+            about = error.ctx.command_path if error.ctx else "mergetool"
+            _exit(f"{error.format_message()} ({about} --help tells more)", error.exit_code)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            _exit("interrupted; the same command goes on from here", 130)
+        except Exception as error:
             if context.params.get("debug"):
                 raise
-            click.echo(f"mergetool: {error}", err=True)
-            context.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("mergetool: interrupted; the same command goes on from here", err=True)
-            context.exit(130)
+            if isinstance(error, MergetoolError):
+                _exit(str(error), error.exit_code)
+            _exit(f"unexpected {type(error).__name__}: {error}; --debug before the command shows where", 1)
+
+
+def _exit(message: str, code: int) -> NoReturn:
+    click.echo("mergetool: " + " ".join(message.splitlines()), err=True)
+    sys.exit(code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -267,7 +297,9 @@ def _say_notes(plan: "Plan") -> None:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"
+    from merge.pipeline import shown_bytes
+
+    return shown_bytes(size)
 
 
 @contextmanager

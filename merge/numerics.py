@@ -10,6 +10,7 @@ bfloat16 has no numpy type: it travels as uint16 and is widened and rounded here
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -60,45 +61,16 @@ def grain_rows(shape: Sequence[int]) -> int:
 def to_float32(raw: Raw, dtype: str) -> Array:
     """`raw`, as stored in `dtype`, widened (float64: rounded) to a float32 array of its own."""
     if dtype == "BF16":
-        wide = raw.astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        return wide.view(np.float32)
-    if dtype == "F16" and _largest_exponent(raw, dtype) < EXPONENT["F16"][1]:
-        return _half_to_float32(raw)
+        return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32)
 
 
-def _half_to_float32(raw: Raw) -> Array:
-    """Finite float16 widened by integer moves: exact, and 3 times faster than numpy's astype."""
-    wide = raw.view(np.uint16).astype(np.uint32)
-    sign = wide & 0x8000
-    sign <<= 16
-    wide &= 0x7FFF
-    wide <<= 13
-    value = wide.view(np.float32)
-    value *= np.float32(2.0**112)
-    wide |= sign
-    return value
-
-
 def from_float32(value: Array, dtype: str) -> Raw:
-    """`value` rounded to nearest even into `dtype`, as stored."""
-    if dtype == "F32":
-        return value
-    if dtype != "BF16":
-        with np.errstate(over="ignore"):
-            return value.astype(STORAGE[dtype])
-    bits = value.view(np.uint32)
-    rounded = bits >> 16
-    rounded &= 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    out = rounded.astype(np.uint16)
-    nan = np.isnan(value) if _largest_exponent(value, "F32") >= EXPONENT["F32"][1] else None
-    if nan is not None and nan.any():  # adding to a NaN's payload can carry into its sign
-        out[nan] = 0x7FC0
-    return out
+    """`value` rounded to nearest even into `dtype`, as stored. A NaN must be numpy's own."""
+    if dtype == "BF16":
+        bits = value.view(np.uint32)
+        return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    return value.astype(STORAGE[dtype], copy=False)
 
 
 def first_nonfinite(raw: Raw, dtype: str) -> int | None:
@@ -120,16 +92,11 @@ def _largest_exponent(raw: Raw, dtype: str) -> int:
     return int((raw.view(kind) & limit).max()) if raw.size else 0
 
 
-def inner(a: Array, b: Array) -> float:
-    """Sum of a*b over one grain: float64 products, added by pairwise halving."""
-    products = np.multiply(a, b, dtype=np.float64).ravel()
-    while products.size > 1:
-        half = products.size // 2
-        folded = products[:half] + products[half : 2 * half]
-        if products.size % 2:
-            folded[-1] += products[-1]
-        products = folded
-    return float(products[0]) if products.size else 0.0
+def folded(lanes: NDArray[np.float64]) -> float:
+    """Sum of 2**k numbers by halving: an order that no machine changes."""
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    return float(lanes[0])
 
 
 def pairwise(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -147,37 +114,29 @@ def random_key(*what: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def random_uint32(key: int, first: int, count: int) -> NDArray[np.uint32]:
-    """`count` uniform 32-bit integers for elements first, first+1, ... of the stream `key`.
+@dataclass(frozen=True)
+class Counter:
+    """Numbers of the elements of a grain: `index` uint32 modulo 2**32, `high` what is above in the
+    first of them (in a tensor beyond 2**32 elements a grain may straddle: a few numbers recur)."""
 
-    A counter hashed by two multiply-xorshift rounds with half of the key before each; the upper
-    half of the counter is folded into the key, so that streams do not repeat at 2**32.
-    """
-    low, high = key & 0xFFFFFFFF, key >> 32
-    start = first & 0xFFFFFFFF
-    high ^= (first >> 32) * 0x9E3779B9 & 0xFFFFFFFF
-    if start + count > 1 << 32:
-        split = (1 << 32) - start
-        return np.concatenate(
-            [random_uint32(key, first, split), random_uint32(key, first + split, count - split)]
-        )
-    x = np.arange(start, start + count, dtype=np.uint32)
-    shifted = np.empty_like(x)
-    x ^= np.uint32(low)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        np.right_shift(x, shift, out=shifted)
-        x ^= shifted
-        x *= np.uint32(factor)
-        np.right_shift(x, 16, out=shifted)
-        x ^= shifted
-        x += np.uint32(high)
-        high = (high * 0x9E3779B1 + 0x85EBCA6B) & 0xFFFFFFFF
-    np.right_shift(x, 15, out=shifted)
-    x ^= shifted
-    x *= np.uint32(0x2C1B3C6D)
-    np.right_shift(x, 16, out=shifted)
-    x ^= shifted
-    return x
+    index: NDArray[np.uint32]
+    high: np.uint32
+
+    @classmethod
+    def of(cls, first: int, shape: tuple[int, int]) -> "Counter":
+        start = first & 0xFFFFFFFF
+        index = np.arange(start, start + shape[0] * shape[1], dtype=np.uint64).astype(np.uint32)
+        return cls(index.reshape(shape), np.uint32(first >> 32))
+
+    def random(self, key: int) -> NDArray[np.uint32]:
+        """Uniform 32-bit integers of the stream `key`, one per element: the number hashed by
+        multiply-xorshift rounds with parts of the key in between."""
+        x = self.index ^ np.uint32(key & 0xFFFFFFFF)
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) + (np.uint32(key >> 32) ^ self.high)
+        x = (x ^ (x >> 16)) * 0x846CA68B
+        x = (x ^ (x >> 15)) * 0x2C1B3C6D
+        return x ^ (x >> 16)
 
 
 def grain_digest(raw: Raw) -> bytes:

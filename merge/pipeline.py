@@ -1,22 +1,25 @@
 """The main job, top to bottom: recipe -> plan -> stream -> write -> verify -> score."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-import shutil
 from typing import Any, Protocol
 
 from merge.agreement import canonical
 from merge.budget import DEFAULT_MEMORY, Budget, keep_freed_memory, make_budget
-from merge.carry import CARD, carry_files, model_card, provenance
+from merge.carry import CARD, carry_files, model_card, provenance, told_inputs
 from merge.errors import OutputError, PlanError
-from merge.plan import Plan, make_plan, model_labels, output_folder
+from merge.plan import Operand, Plan, make_plan, model_labels, output_folder
 from merge.recipe import Recipe, load_recipe
-from merge.sources.model import open_model
-from merge.stream import run
-from merge.verify import PROVENANCE, provenance_of, verify
-from merge.write import PartialFolder, input_stamps
+from merge.sources.model import Model, locate, open_model, read_json
+from merge.stream import StepDigests, run
+from merge.verify import PROVENANCE, provenance_of, stored_digest, verify
+from merge.write import PartialFolder, check_own, input_stamps, partial_of
 
 
 class Progress(Protocol):
@@ -41,17 +44,31 @@ class Result:
     verified: dict[str, Any]
 
 
-def plan_recipe(file: Path | str, *, offline: bool = False) -> Plan:
-    """The plan of a recipe file; opens its models. Raises RequestError."""
+def plan_recipe(file: Path | str, *, offline: bool = False, peek: bool = False) -> Plan:
+    """The plan of a recipe file; opens its models. Raises RequestError.
+
+    peek: of models on the hub only the headers are fetched; such a plan can be shown but not run.
+    """
     recipe = load_recipe(file)
-    return make_plan(recipe, [_opened(label, recipe, offline) for label in model_labels(recipe)])
+    models = [_opened(label, recipe, offline, peek) for label in model_labels(recipe)]
+    return make_plan(recipe, models)
 
 
-def _opened(label: str, recipe: Recipe, offline: bool) -> Any:
-    from merge.sources.hub import fetch
+def _opened(label: str, recipe: Recipe, offline: bool, peek: bool) -> Model:
+    from merge.sources import hub
 
-    beside = Path(recipe.file).parent
-    return open_model(label, [beside], lambda repo, revision: fetch(repo, revision, offline=offline))
+    beside = [Path(recipe.file).parent]
+    fetching = partial(hub.fetch, offline=offline)
+    return open_model(label, beside, fetching, partial(hub.peek, offline=offline) if peek else None)
+
+
+def open_for_scoring(name: str, *, offline: bool = False) -> Path:
+    """The folder of the model that `name` says: a folder, zoo:NAME or a hub id, which is fetched."""
+    from merge.sources import hub
+
+    folder, _ = locate(name, fetch=partial(hub.fetch, offline=offline))
+    read_json(folder / "config.json")
+    return folder
 
 
 def run_recipe(
@@ -63,6 +80,7 @@ def run_recipe(
     restart: bool = False,
     overwrite: bool = False,
     offline: bool = False,
+    fuse: bool | None = None,
     progress: Progress = quiet,
 ) -> Result:
     """Merges, writes and verifies what the recipe in `file` asks for; goes on where a run was cut off.
@@ -71,23 +89,24 @@ def run_recipe(
     """
     keep_freed_memory()
     plan = plan_recipe(file, offline=offline)
-    folder = output_folder(plan.recipe, output)
-    budget = make_budget(plan, memory, threads)
-    if _is_there_already(folder, plan, overwrite):
-        shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    budget = make_budget(plan, memory, threads, fuse=fuse)
+    folder = _usable(output_folder(plan.recipe, output), plan)
+    check_own(partial_of(folder))
+    if not overwrite and _is_there_already(folder, plan, budget, progress):
+        shutil.rmtree(partial_of(folder), ignore_errors=True)
         return Result(folder, plan, budget, True, _verified(folder, budget, progress))
     check_disk(plan, folder)
-    with PartialFolder(folder, plan, restart=restart) as partial:
-        pending = list(partial.pending())
+    with PartialFolder(folder, plan, restart=restart) as growing:
+        pending = list(growing.pending())
         size = sum(s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
         with progress("merge", size) as count:
-            run(plan, budget, partial, pending, count)
-        partial.close_files()
-        carry_files(plan, partial.model)
-        partial.write_text(CARD, model_card(plan))
-        partial.write_text(PROVENANCE, provenance(plan, partial.digests, input_stamps(plan)))
-        verified = _verified(partial.model, budget, progress)
-        partial.publish()
+            run(plan, budget, growing, pending, count)
+        growing.close_files()
+        carry_files(plan, growing.model)
+        growing.write_text(CARD, model_card(plan))
+        growing.write_text(PROVENANCE, provenance(plan, growing.digests, input_stamps(plan)))
+        verified = _verified(growing.model, budget, progress)
+        growing.publish()
     return Result(folder, plan, budget, False, verified | {"folder": str(folder)})
 
 
@@ -97,18 +116,53 @@ def _verified(folder: Path, budget: Budget, progress: Progress) -> dict[str, Any
         return verify(folder, threads=budget.threads, progress=count)
 
 
-def _is_there_already(folder: Path, plan: Plan, overwrite: bool) -> bool:
-    """Whether `folder` is this very merge; raises OutputError when it is something else."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; choose another output")
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+def _usable(folder: Path, plan: Plan) -> Path:
+    """`folder`, links followed; raises OutputError where no output can go."""
+    if folder.is_symlink() or folder.name in ("", ".."):
+        folder = folder.resolve()
+    whole = folder.resolve()
+    if not whole.name:
+        raise OutputError(f"{folder}: is no place for a model; choose another output")
+    for part in (whole, *whole.parents):
+        if part.exists() and not part.is_dir():
+            raise OutputError(f"{part}: is a file; choose another output")
+    for model in plan.models:
+        if model.folder.resolve() in (whole, *whole.parents):
+            raise OutputError(f"{folder}: is or lies in the folder of {model.label}; choose another output")
+        if whole in model.folder.resolve().parents:
+            raise OutputError(f"{folder}: the folder of {model.label} lies in it; choose another output")
+    return folder
+
+
+def _is_there_already(folder: Path, plan: Plan, budget: Budget, progress: Progress) -> bool:
+    """Whether `folder` is this very merge of these very inputs; OutputError when it is something else."""
+    if not folder.is_dir() or not any(folder.iterdir()):
         return False
     made = provenance_of(folder)
     if made is None:
         raise OutputError(f"{folder}: exists and was not made by mergetool; choose another output, or give --overwrite to replace it")
-    if made["plan"] != plan.digest or canonical(made.get("input_sizes")) != canonical(_input_sizes(plan)):
-        raise OutputError(f"{folder}: holds a finished merge of another recipe; choose another output, or give --overwrite to replace it")
+    same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(_input_sizes(plan))
+    if not same or made.get("inputs") != told_inputs(plan, _input_digests(plan, budget, progress)):
+        raise OutputError(f"{folder}: holds a finished merge of another recipe or of other models; choose another output, or give --overwrite to replace it")
     return True
+
+
+def _input_digests(plan: Plan, budget: Budget, progress: Progress) -> dict[str, StepDigests]:
+    """Digests of all inputs as they are now: another model of the same name and size is another merge."""
+
+    def digest(operand: Operand) -> str:
+        info = operand.info
+        descriptor = os.open(info.file, os.O_RDONLY)
+        try:
+            found = stored_digest(descriptor, info.offset, info.shape, info.dtype)
+        finally:
+            os.close(descriptor)
+        count(info.nbytes)
+        return found or ""
+
+    with progress("compare", plan.read_bytes) as count, ThreadPoolExecutor(budget.threads) as pool:
+        found = [list(pool.map(digest, step.inputs)) for step in plan.steps]
+    return {s.name: StepDigests("", tuple(f)) for s, f in zip(plan.steps, found, strict=True)}
 
 
 def _input_sizes(plan: Plan) -> dict[str, dict[str, int]]:
@@ -117,14 +171,17 @@ def _input_sizes(plan: Plan) -> dict[str, dict[str, int]]:
 
 def check_disk(plan: Plan, folder: Path) -> None:
     """Raises PlanError when the disk under `folder` cannot hold the output."""
-    partial = folder.with_name(folder.name + ".partial") / "model"
-    there = sum(f.stat().st_blocks * 512 for f in partial.glob("*.safetensors")) if partial.is_dir() else 0
+    there = sum(f.stat().st_blocks * 512 for f in partial_of(folder).glob("model/*.safetensors"))
     missing = plan.write_bytes - there - free_bytes(folder)
     if missing > 0:
         raise PlanError(
-            f"{folder}: the merge takes {plan.write_bytes / 1e9:.2f} GB and the disk has "
-            f"{free_bytes(folder) / 1e9:.2f} GB free; free {missing / 1e9:.2f} GB or choose another output"
+            f"{folder}: the merge takes {shown_bytes(plan.write_bytes)} and the disk has "
+            f"{shown_bytes(free_bytes(folder))} free; free {shown_bytes(missing)} or choose another output"
         )
+
+
+def shown_bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"
 
 
 def free_bytes(folder: Path) -> int:

@@ -145,6 +145,7 @@ class _Planner:
     def plan(self) -> Plan:
         others = [m for i, m in enumerate(self.models) if i != self.donor]
         self.notes += check_agreement(self.models[self.donor], others)
+        self._check_tying()
         self._check_names()
         names = sorted(self._names(self.reference), key=natural_order)
         steps = tuple(self._step(name) for name in names)
@@ -157,6 +158,15 @@ class _Planner:
         model = self.models[index]
         tied = model.tied and EMBEDDING in model.source.tensors
         return [n for n in model.source.tensors if not BUFFERS.search(n) and not (tied and n == HEAD)]
+
+    def _check_tying(self) -> None:
+        """config.json comes from the donor, the tensors' names from the reference: both must fit."""
+        donor, reference = self.models[self.donor], self.models[self.reference]
+        if donor.tied != reference.tied:
+            raise PlanError(
+                f"{donor.label}: tie_word_embeddings is {str(donor.tied).lower()} in config.json, but "
+                f"{str(reference.tied).lower()} in {reference.label}, whose tensors are written; choose it as tokenizer_source"
+            )
 
     def _check_names(self) -> None:
         reference = self.models[self.reference]

@@ -5,6 +5,7 @@ and recipe fit together is the business of `plan`.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Sections(Strict):
 
     merge_method: str
     models: list[ModelEntry] = Field(min_length=1)
-    base_model: str | None = None
+    base_model: str | None = Field(default=None, min_length=1)
     parameters: dict[str, Any] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     out_dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -76,7 +77,7 @@ class Sections(Strict):
     extra_tensors: Literal["error", "drop"] = "error"
     allow_nonfinite: bool = False
     shard_size: str = "5GB"
-    output: str | None = None
+    output: str | None = Field(default=None, min_length=1)
     name: str | None = None
     score: ScoreSection | None = None
 
@@ -167,6 +168,10 @@ def _resolve(
     per_model, common = [], {}
     for parameter in method.parameters.values():
         if not parameter.per_model:
+            if differing := _first_difference(own, parameter.name):
+                what = f"{method.name}.{parameter.name} holds for all models, but models differ in it"
+                at = ("models", differing, "parameters", parameter.name)
+                raise RecipeError(f"{file}:{_line(lines, at)}: {what}; give it once, under parameters")
             common[parameter.name] = pick(parameter, [_merged(own, parameter.name), shared], ("parameters",))
     for i, settings in enumerate(own):
         if sections.models[i].model == sections.base_model and method.base == "required":
@@ -179,8 +184,14 @@ def _resolve(
 
 
 def _merged(own: Sequence[Mapping[str, Setting]], name: str) -> Mapping[str, Setting]:
-    """A shared parameter given under a model counts for all; the first model's value is taken."""
+    """A shared parameter given under a model counts for all."""
     return next(({name: s[name]} for s in own if name in s), {})
+
+
+def _first_difference(own: Sequence[Mapping[str, Setting]], name: str) -> int | None:
+    """The first model whose value of a shared parameter is not that of a model before it."""
+    given = [i for i, settings in enumerate(own) if name in settings]
+    return next((i for i in given if own[i][name] != own[given[0]][name]), None)
 
 
 class _ParameterReader:
@@ -212,9 +223,9 @@ class _ParameterReader:
     def _points(self, parameter: Parameter, value: Any, path: tuple[str | int, ...]) -> tuple[Value, ...]:
         points = value if isinstance(value, list) else [value]
         if not points or (len(points) > 1 and parameter.kind not in (float, int)):
-            raise self._error(path, f"{self._method.name}.{parameter.name} is {value!r}; it must be {parameter.allowed}")
+            raise self._error(path, f"{self._method.name}.{parameter.name} is {_shown(value)}; it must be {parameter.allowed}")
         for i, point in enumerate(points):
-            if problem := parameter.problem(point):
+            if problem := _problem(parameter, point):
                 here = (*path, i) if isinstance(value, list) else path
                 raise self._error(here, f"{self._method.name}.{parameter.name} is {_shown(point)}; it {problem}")
         return tuple(points)
@@ -223,8 +234,23 @@ class _ParameterReader:
         return RecipeError(f"{self._file}:{_line(self._lines, path)}: {message}")
 
 
+def _problem(parameter: Parameter, point: Any) -> str | None:
+    try:
+        return parameter.problem(point)
+    except OverflowError:  # a whole number beyond any float
+        return f"must be {parameter.range}"
+
+
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else _repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "a huge number"
 
 
 def _method(name: str, file: str, lines: Mapping[tuple[str | int, ...], int]) -> Method:
@@ -273,20 +299,24 @@ _ALIAS_LIMIT = 100_000  # nodes; a recipe is read by people, an alias bomb is no
 
 
 def _load_yaml(text: str, file: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:
-    loader = _Loader(text)
+    lines: dict[tuple[str | int, ...], int] = {(): 1}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
-        lines: dict[tuple[str | int, ...], int] = {(): 1}
         if node is not None:
             _collect_lines(node, (), lines, file)
         data = loader.construct_document(node) if node is not None else None
+    except RecipeError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise RecipeError(f"{file}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{file}:1: not YAML: {str(error).splitlines()[0]}") from None
-    finally:
-        loader.dispose()
+        problem = " ".join((error.problem or "malformed").split())
+        raise RecipeError(f"{file}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise RecipeError(f"{file}:{line}: not YAML: {error.reason} (#x{error.character:04x})") from None
+    except Exception as error:  # PyYAML meets a wrong !!timestamp with AttributeError, !!bool with KeyError
+        raise RecipeError(f"{file}:1: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{file}:1: a recipe is a table of keys such as merge_method and models, not {type(data).__name__}")
     return data, lines
@@ -346,9 +376,12 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes of '512MiB', '2 GB' or '4096'; raises ValueError."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*((?:[KMGT]i?)?B?)\s*", text, re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size such as 512MiB or 2GB")
     unit = match[2].upper()
     unit = unit if unit in SIZES else unit + "B"
-    return int(float(match[1]) * SIZES[unit])
+    size = float(match[1]) * SIZES[unit]
+    if not math.isfinite(size):
+        raise ValueError(f"{text[:20]}... is larger than any disk")
+    return int(size)

@@ -15,25 +15,22 @@ import numpy as np
 
 from merge.budget import Budget, aligned, block_rows, held_bytes
 from merge.errors import NonFiniteError
-from merge.methods import Models, Passes, Statistic
+from merge.formula import Formula, GrainFunction
+from merge.methods import Counts, Passes, Statistic, Sums
 from merge.numerics import (
     STORAGE,
-    Array,
     Raw,
     combined_digest,
     first_nonfinite,
-    from_float32,
     grain_digest,
     grain_rows,
     pairwise,
-    random_key,
-    random_uint32,
     to_float32,
 )
 from merge.plan import Plan, Step
 
 Block = tuple[int, int]  # first row, end row; whole grains
-Measure = Callable[[Models], Statistic]
+Request = Sums | Counts
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,10 @@ def run(
     Raises ReadError, NonFiniteError or WriteError; what finished before it was handed to the writer.
     """
     slots = _Slots(budget)
+    method, allow = plan.recipe.method, plan.recipe.sections.allow_nonfinite
     with _Crew(budget.threads) as crew:
         for step in steps:
-            job = _Job(plan, step, writer, progress, block_rows(step, budget.block))
+            job = _Job(plan, step, Formula(step, method, budget.fuse, allow), writer, progress, block_rows(step, budget.block))
             if len(job.blocks) == 1:
                 crew.submit(job.run_alone)
             else:
@@ -73,25 +71,27 @@ def run(
 
 def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
     """Statistics passes wait for all blocks; the last pass does not, so that steps overlap."""
-    passes = job.passes()
+    passes = job.formula.passes()
     held = slots.take(job.step, crew.check) if passes else None
     if held is not None:
         job.hold(held)
-    stats = _driven(passes, lambda measure: crew_sum(crew, job, measure)) if passes else None
+    stats = _driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
+    merging = job.merging(stats)
     remaining = _Countdown(len(job.blocks), lambda: slots.give(held))
     for block in job.blocks:
-        crew.submit(job.emit, block, stats, remaining)
+        crew.submit(job.emit, block, merging, remaining)
 
 
-def crew_sum(crew: "_Crew", job: "_Job", measure: Measure) -> Statistic:
-    """`measure` summed over all grains: integers as they come, floats in the order of the grains."""
+def _over_all_blocks(crew: "_Crew", job: "_Job", request: Request) -> Statistic:
+    """A statistic over all grains: integers added as they come, floats in the order of the grains."""
     total = _Total()
-    crew.map(lambda block: total.add(block, job.measured(block, measure)), job.blocks)
+    measuring = job.formula.measuring(request)
+    crew.map(lambda block: total.add(block, job.measured(block, measuring)), job.blocks)
     job.was_read = True
     return total.value()
 
 
-def _driven(passes: Passes, measured: Callable[[Measure], Statistic]) -> Any:
+def _driven(passes: Passes, measured: Callable[[Request], Statistic]) -> Any:
     try:
         wanted = next(passes)
         while True:
@@ -106,6 +106,7 @@ class _Job:
 
     plan: Plan
     step: Step
+    formula: Formula
     writer: Writer
     progress: Callable[[int], None]
     rows: int
@@ -119,11 +120,8 @@ class _Job:
         total = self.step.rows
         return [(a, min(a + self.rows, total)) for a in range(0, total, self.rows)] or [(0, 0)]
 
-    def passes(self) -> Passes | None:
-        statistics = self.plan.recipe.method.statistics
-        if statistics is None or self.step.copy:
-            return None
-        return statistics(self.step.rows * self.step.cols, **self._arguments())
+    def merging(self, stats: Any) -> GrainFunction | None:
+        return None if self.step.copy else self.formula.merging(stats)
 
     def hold(self, memory: Raw) -> None:
         """Uses `memory` (bytes) for all inputs of the step."""
@@ -137,25 +135,28 @@ class _Job:
         """The whole step in one thread; its one block is read once."""
         inputs = self._fetch(self.blocks[0])
         self.was_read, self.held = True, inputs
-        passes = self.passes()
-        stats = None
-        if passes:
-            stats = _driven(passes, lambda measure: _reduced(self.measured(self.blocks[0], measure)))
-        self.emit(self.blocks[0], stats, _Countdown(1, lambda: None))
+        passes = self.formula.passes()
+        stats = _driven(passes, self._over_one_block) if passes else None
+        self.emit(self.blocks[0], self.merging(stats), _Countdown(1, lambda: None))
 
-    def measured(self, block: Block, measure: Measure) -> list[Statistic]:
-        """`measure` of each grain of a block, integers already added up."""
+    def _over_one_block(self, request: Request) -> Statistic:
+        return _reduced(self.measured(self.blocks[0], self.formula.measuring(request)))
+
+    def measured(self, block: Block, measuring: GrainFunction) -> list[Statistic]:
+        """The statistic of each grain of a block, integers already added up."""
         inputs = self._fetch(block)
-        first = block[0]
-        parts = [measure(self._operands(inputs, a - first, b - first)[0]) for a, b in self._grains(block)]
+        parts = [measuring(*self._of_grain(inputs, block, a, b)) for a, b in self._grains(block)]
         return [_reduced(parts)] if parts[0].dtype.kind in "iu" else parts
 
-    def emit(self, block: Block, stats: Any, remaining: "_Countdown") -> None:
-        """Merges a block and writes it; the last one to finish completes the step."""
+    def emit(self, block: Block, merging: GrainFunction | None, remaining: "_Countdown") -> None:
+        """Merges a block (merging None: copies it) and writes it; the last one completes the step."""
         inputs = self._fetch(block)
         out: list[Raw] = []
         for a, b in self._grains(block):
-            rows = inputs[0][a - block[0] : b - block[0]] if self.step.copy else self._merged(inputs, block, a, b, stats)
+            raws, first = self._of_grain(inputs, block, a, b)
+            rows = merging(raws, first) if merging else raws[0]
+            if merging and not self.formula.allow_nonfinite:
+                self._check_output(rows, a)
             self.output_digests[a] = grain_digest(rows)
             out.append(rows)
         self.writer.write(self.step, block[0], out)
@@ -163,42 +164,10 @@ class _Job:
         if remaining.last():
             self.writer.finished(self.step, self._digests())
 
-    def _merged(self, inputs: Sequence[Raw], block: Block, first: int, end: int, stats: Any) -> Raw:
-        method = self.plan.recipe.method
-        operands, base = self._operands(inputs, first - block[0], end - block[0])
-        given = {"x": operands, "stats": stats, "random": self._random(first, end)}
-        with np.errstate(all="ignore"):  # infinities are met by the check below
-            merged = method.function(*(given[name] for name in method.takes), **self._arguments())
-            if base is not None:
-                merged = base + merged
-            out = from_float32(np.ascontiguousarray(merged), self.step.dtype)
-        if not self.plan.recipe.sections.allow_nonfinite:
-            self._check_output(out, first)
-        return out
-
-    def _operands(self, inputs: Sequence[Raw], first: int, end: int) -> tuple[list[Array], Array | None]:
-        """Rows first to end of a block as float32, the base taken off where there is one."""
-        x = [
-            to_float32(raw[first:end], operand.info.dtype)
-            for raw, operand in zip(inputs, self.step.inputs, strict=True)
-        ]
-        if self.step.base is None:
-            return x, None
-        base, *models = x
-        with np.errstate(all="ignore"):
-            for model in models:
-                np.subtract(model, base, out=model)
-        return models, base
-
-    def _random(self, first: int, end: int) -> Callable[[int], Any]:
-        cols = self.step.cols
-        seed = self.step.parameters.get("seed", 0)
-
-        def random(model: int) -> Any:
-            key = random_key(seed, self.step.name, model)
-            return random_uint32(key, first * cols, (end - first) * cols).reshape(end - first, cols)
-
-        return random
+    def _of_grain(self, inputs: Sequence[Raw], block: Block, first: int, end: int) -> tuple[list[Raw], int]:
+        """The rows of one grain of every input, and the number of its first element."""
+        rows = [raw[first - block[0] : end - block[0]] for raw in inputs]
+        return rows, first * self.step.cols
 
     def _fetch(self, block: Block) -> list[Raw]:
         """The stored rows of all inputs; the first time they are checked and digested."""
@@ -221,9 +190,6 @@ class _Job:
         grain = grain_rows(self.step.shape)
         for first in range(block[0], block[1], grain):
             yield first, min(first + grain, block[1])
-
-    def _arguments(self) -> dict[str, Any]:
-        return self.plan.recipe.method.arguments(self.step.parameters)
 
     def _check_input(self, index: int, rows: Raw, first: int) -> None:
         operand = self.step.inputs[index]

@@ -39,9 +39,14 @@ def verify(folder: Path, *, threads: int | None = None, progress: Callable[[int]
     except SourceError as error:
         raise VerifyError(str(error)) from None
     _check_strays(folder)
-    expected = provenance["outputs"] if provenance else {}
+    expected: dict[str, Any] = {}
     if provenance:
-        _check_tables(folder, source.tensors, expected)
+        try:
+            expected = provenance["outputs"]
+            _check_tables(folder, source.tensors, expected)
+            _check_files(folder, provenance["files"])
+        except (AttributeError, KeyError, TypeError):
+            raise VerifyError(f"{folder / PROVENANCE}: damaged; it lists outputs and files") from None
 
     def check(item: tuple[str, TensorInfo]) -> None:
         name, info = item
@@ -82,6 +87,21 @@ def _check_tables(folder: Path, found: Any, expected: dict[str, Any]) -> None:
             )
 
 
+def _check_files(folder: Path, digests: dict[str, str]) -> None:
+    """What lies around the tensors: headers and index, byte for byte."""
+    for file, digest in digests.items():
+        try:
+            with (folder / file).open("rb") as stream:
+                start = stream.read() if file == INDEX else stream.read(8)
+                if file != INDEX:
+                    start += stream.read(int.from_bytes(start, "little"))
+        except OSError as error:
+            raise VerifyError(f"{folder / file}: cannot be read: {error.strerror}") from None
+        if combined_digest([start]) != digest:
+            part = "it" if file == INDEX else "its header"
+            raise VerifyError(f"{folder / file}: {part} changed since it was written")
+
+
 def _check_tensor(folder: Path, name: str, info: TensorInfo, digest: str | None, known: bool) -> None:
     descriptor = os.open(info.file, os.O_RDONLY)
     try:
@@ -96,6 +116,53 @@ def _check_tensor(folder: Path, name: str, info: TensorInfo, digest: str | None,
                 raise VerifyError(f"{folder}: tensor {name!r} holds NaN or infinity in element {first * info.cols + at}")
     finally:
         os.close(descriptor)
+
+
+def verify_loading(folder: Path) -> dict[str, Any]:
+    """{"loads_as": class}; raises VerifyError unless transformers finds each tensor in its place.
+
+    Files of this folder alone are used, and no code of the model's authors.
+    """
+    import transformers
+
+    config = read_json(folder / "config.json")
+    named = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+    loaders = [transformers.AutoModelForCausalLM, *filter(None, named), transformers.AutoModel]
+    told = transformers.logging.get_verbosity()
+    bar = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, found = _loaded(folder, loaders)
+    finally:
+        transformers.logging.set_verbosity(told)
+        if bar:
+            transformers.logging.enable_progress_bar()
+    for what, problem in (
+        ("missing_keys", "is missing"),
+        ("unexpected_keys", "is not expected"),
+        ("mismatched_keys", "has another shape than expected"),
+    ):
+        for name in sorted(map(str, found.get(what) or ())):
+            raise VerifyError(f"{folder}: tensor {name!r} {problem} when loaded as {type(model).__name__}")
+    return {"loads_as": type(model).__name__}
+
+
+def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
+    """(model, loading info) by the first loader that knows this kind of model."""
+    reason = ""
+    for loader in loaders:
+        try:
+            return loader.from_pretrained(  # type: ignore[no-any-return]
+                folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told in the loading info
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # whatever a modelling file of transformers raises
+            reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
+    raise VerifyError(f"{folder}: cannot be loaded with transformers: {reason}")
 
 
 def stored_digest(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) -> str | None:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import OutputError, ReadError, WriteError
-from merge.numerics import Raw
+from merge.numerics import STORAGE, Raw
 from merge.plan import Plan, Step
 from merge.sources.safetensors import INDEX, SINGLE
 from merge.stream import StepDigests
 from merge.verify import stored_digest
 
 HEADER_ALIGNMENT = 64  # bytes: so that tensors start at a cache line when a file is mapped
+LOCK, JOURNAL, MODEL, REPLACED = "lock", "journal.jsonl", "model", "replaced"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,16 @@ def layout(plan: Plan) -> list[Shard]:
     ]
 
 
+def index_text(plan: Plan, shards: Sequence[Shard]) -> str:
+    """The shard index: which file holds which tensor."""
+    weight_map = {name: shard.file for shard in shards for name in shard.offsets}
+    index = {"metadata": {"total_size": plan.write_bytes}, "weight_map": weight_map}
+    return json.dumps(index, indent=2) + "\n"
+
+
 def _shard(file: str, steps: Sequence[Step]) -> Shard:
+    """Wider dtypes first: torch reads a tensor in place only where it starts at a multiple of them."""
+    steps = sorted(steps, key=lambda step: -STORAGE[step.dtype].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for step in steps:
@@ -74,8 +84,8 @@ class PartialFolder:
     def __init__(self, final: Path, plan: Plan, *, restart: bool = False) -> None:
         self.plan = plan
         self.final = final
-        self.partial = final.with_name(final.name + ".partial")
-        self.model = self.partial / "model"
+        self.partial = partial_of(final)
+        self.model = self.partial / MODEL
         self.shards = layout(plan)
         self.digests: dict[str, StepDigests] = {}
         self._restart = restart
@@ -85,11 +95,14 @@ class PartialFolder:
         self._journal_lock = threading.Lock()
 
     def __enter__(self) -> "PartialFolder":
-        with _writing(self.partial):
+        check_own(self.partial)
+        with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.partial / "lock", os.O_CREAT | os.O_RDWR, 0o644)
+            self._lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._lock).st_nlink:  # the run that held it finished and tidied up
+                raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
             raise OutputError(f"{self.final}: another run is writing there; wait for it or choose another output") from None
@@ -115,7 +128,7 @@ class PartialFolder:
         file, start = self._places[step.name]
         position = start + first_row * (step.nbytes // max(1, step.rows))
         buffers = [memoryview(part).cast("B") for part in rows if part.nbytes]
-        with _writing(self.model / file):
+        with writing(self.model / file):
             while buffers:
                 done = os.pwritev(self._descriptors[file], buffers, position)
                 position += done
@@ -132,27 +145,25 @@ class PartialFolder:
     def close_files(self) -> None:
         """Headers and index: from here on the files can be loaded."""
         for shard in self.shards:
-            with _writing(self.model / shard.file):
+            with writing(self.model / shard.file):
                 os.pwrite(self._descriptors[shard.file], shard.header, 0)
         if len(self.shards) > 1:
-            weight_map = {name: s.file for s in self.shards for name in s.offsets}
-            index = {"metadata": {"total_size": self.plan.write_bytes}, "weight_map": weight_map}
-            self.write_text(INDEX, json.dumps(index, indent=2) + "\n")
+            self.write_text(INDEX, index_text(self.plan, self.shards))
 
     def write_text(self, name: str, text: str) -> None:
-        with _writing(self.model / name):
+        with writing(self.model / name):
             (self.model / name).write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
         """Gives the finished folder its name; a former one is kept until then."""
         self.check_inputs()
-        replaced = self.partial / "replaced"
-        with _writing(self.final):
+        replaced = self.partial / REPLACED
+        with writing(self.final):
             if self.final.is_dir() and any(self.final.iterdir()):
                 shutil.rmtree(replaced, ignore_errors=True)
                 self.final.rename(replaced)
             self.model.rename(self.final)
-            shutil.rmtree(self.partial)
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def check_inputs(self) -> None:
         """Raises ReadError when an input file is not what it was when this run began."""
@@ -164,29 +175,32 @@ class PartialFolder:
 
     def _open(self) -> None:
         self._inputs = input_stamps(self.plan)
-        journal = self.partial / "journal.jsonl"
+        journal = self.partial / JOURNAL
         if self._restart:
             journal.unlink(missing_ok=True)
-        lines = list(_read_journal(journal))
+        lines, whole_bytes = _read_journal(journal)
         if lines:
             self._check_same_merge(lines[0])
-        with _writing(self.model):
+        with writing(self.model):
             if not lines:
                 shutil.rmtree(self.model, ignore_errors=True)
             self.model.mkdir(exist_ok=True)
             self._open_files()
-            self._journal = os.open(journal, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+            self._journal = os.open(journal, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            os.ftruncate(self._journal, whole_bytes)
         if not lines:
-            os.ftruncate(self._journal, 0)
             self._note({"plan": self.plan.digest, "inputs": self._inputs})
         self._take_up(lines[1:])
 
     def _check_same_merge(self, begun: Mapping[str, Any]) -> None:
         if begun.get("plan") != self.plan.digest:
             raise OutputError(f"{self.partial}: holds an unfinished merge of another recipe; finish it, choose another output, or give --restart to discard it")
-        for path, stamp in begun.get("inputs", {}).items():
-            if self._inputs.get(path) != stamp:
+        before = begun.get("inputs", {})
+        for path in (*before, *self._inputs):
+            if self._inputs.get(path) != before.get(path):
                 raise OutputError(f"{path}: changed since the merge in {self.partial} was interrupted; restore it, or give --restart to begin again")
+        if list(before) != list(self._inputs):
+            raise OutputError(f"{self.partial}: holds an unfinished merge of these models in another order; give --restart to discard it")
 
     def _open_files(self) -> None:
         for shard in self.shards:
@@ -203,13 +217,15 @@ class PartialFolder:
             if step is None:
                 continue
             file, start = self._places[step.name]
-            if stored_digest(self._descriptors[file], start, step.shape, step.dtype) == line["output"]:
+            if stored_digest(self._descriptors[file], start, step.shape, step.dtype) == line.get("output"):
                 self.digests[step.name] = StepDigests(line["output"], tuple(line["inputs"]))
 
     def _note(self, line: Mapping[str, Any]) -> None:
-        with self._journal_lock, _writing(self.partial):
+        with self._journal_lock, writing(self.partial):
             assert self._journal is not None
-            os.write(self._journal, json.dumps(line).encode() + b"\n")
+            text = json.dumps(line).encode() + b"\n"
+            if os.write(self._journal, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def input_stamps(plan: Plan) -> dict[str, list[int]]:
@@ -225,15 +241,20 @@ def _stamp(file: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _read_journal(journal: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines of a journal; the last one may have been cut off by a kill."""
-    if not journal.is_file():
-        return
-    for line in journal.read_text(encoding="utf-8").split("\n")[:-1]:
+def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines of a journal and their bytes; the last one may have been cut off by a kill."""
+    lines: list[dict[str, Any]] = []
+    size = 0
+    for raw in journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else ():
         try:
-            yield json.loads(line)
+            line = json.loads(raw)
         except ValueError:
-            return
+            break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
+        size += len(raw) + 1
+    return lines, size
 
 
 def _allocate(descriptor: int, size: int) -> None:
@@ -247,7 +268,21 @@ def _allocate(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-class _writing:
+def partial_of(final: Path) -> Path:
+    """Where the output grows while it is not whole."""
+    return final.with_name(final.name + ".partial")
+
+
+def check_own(partial: Path) -> None:
+    """Raises OutputError when `partial` is there but is not from a run of ours."""
+    if not partial.exists() and not partial.is_symlink():
+        return
+    names = {p.name for p in partial.iterdir()} if partial.is_dir() else {"a file"}
+    if not names <= {LOCK, JOURNAL, MODEL, REPLACED} or names == {MODEL}:
+        raise OutputError(f"{partial}: is needed for the unfinished merge, but holds something else; move it or choose another output")
+
+
+class writing:  # noqa: N801 - reads as a statement
     """Turns an OSError into a WriteError that names the place and says what to do."""
 
     def __init__(self, place: Path) -> None:

@@ -9,8 +9,11 @@ Further positional arguments are handed in by their names:
     stats    what the method's statistics passes found out about the whole tensor
     random   random(i) -> uint32 array like x[i], the same for the same seed, tensor, model and element
 
-A statistics pass is a generator: it yields a function of one grain, is sent that function's results
-summed over all grains of the tensor, and may yield again; what it returns becomes `stats`.
+Statistics passes are a generator: it yields a Sums or Counts, is sent what that found over the whole
+tensor, and may yield again; what it returns becomes `stats`.
+
+Methods and statistics are written as element-wise numpy expressions, which the engine may compile into
+one loop (merge/fuse.py). What is not element-wise works too, only slower.
 """
 
 import inspect
@@ -30,8 +33,28 @@ from merge.numerics import Array
 
 T = TypeVar("T")
 Models = Sequence[Array]
+Random = Callable[[int], NDArray[np.uint32]]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A pass: the float64 sums over the tensor of the arrays `terms(x)`, sent as float64 [terms]."""
+
+    terms: Callable[[Models], Sequence[NDArray[np.float64]]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A pass: how often each number occurs in the uint32 arrays `bins(x)`, sent as int64 [arrays, BINS].
+
+    Numbers from BINS on are not counted.
+    """
+
+    bins: Callable[[Models], Sequence[NDArray[np.uint32]]]
+
+
 Statistic = NDArray[Any]
-Passes = Generator[Callable[[Models], Statistic], Statistic, Any]
+Passes = Generator[Sums | Counts, Statistic, Any]
 
 
 PER_MODEL = object()

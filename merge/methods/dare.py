@@ -1,17 +1,16 @@
 """DARE: drop task-vector values at random and rescale what is left."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.methods import Density, Models, PerModel, Range, Weight, each, method
+from merge.methods import Density, Models, PerModel, Random, Range, Weight, each, method
 from merge.methods.linear import scaled_weights, weighted_sum
 from merge.methods.ties import MERGEKIT, disjoint_merge
 from merge.numerics import Array
 
-Random = Callable[[int], NDArray[np.uint32]]
 Seed = Annotated[int, Range(0, 2**63)]
 
 

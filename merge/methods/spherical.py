@@ -4,25 +4,28 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from merge.methods import Models, Passes, Range, Statistic, method
+from merge.methods import Models, Passes, Range, Sums, method
 from merge.methods.linear import weighted_sum
-from merge.numerics import Array, inner
+from merge.numerics import Array
 
 PARALLEL = 0.9995  # |cosine| above which sin(angle) is too small to divide by; mergekit's value
 
 
-def gram(size: int, **_: Any) -> Passes:
+def gram(size: int, *, models: int, **_: Any) -> Passes:
     """Inner products of all pairs of models over the whole tensor, [models, models] float64."""
+    pairs = [(i, j) for i in range(models) for j in range(i + 1)]
 
-    def products(x: Models) -> Statistic:
-        out = np.empty((len(x), len(x)))
-        for i, a in enumerate(x):
-            for j in range(i + 1):
-                out[i, j] = out[j, i] = inner(a, x[j])
-        return out
+    def products(x: Models) -> list[NDArray[np.float64]]:
+        wide = [model.astype(np.float64) for model in x]
+        return [wide[i] * wide[j] for i, j in pairs]
 
-    return (yield products)
+    sums = yield Sums(products)
+    out = np.empty((models, models))
+    for (i, j), value in zip(pairs, sums, strict=True):
+        out[i, j] = out[j, i] = value
+    return out
 
 
 @method(

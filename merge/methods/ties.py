@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.methods import Density, Models, Passes, PerModel, Statistic, Weight, each, method
+from merge.fuse import BINS
+from merge.methods import Counts, Density, Models, Passes, PerModel, Weight, each, method
 from merge.methods.linear import weighted_sum
 from merge.numerics import Array
 
-BINS = 1 << 16
 LARGEST = 0x7F800000  # bits of infinity: no finite magnitude lies above
+NOTHING = 1e-8  # a smaller divisor means that no model agrees
 
 
 def magnitude_thresholds(size: int, *, density: Sequence[float], **_: Any) -> Passes | None:
@@ -31,8 +32,9 @@ def _searched_thresholds(ranks: Sequence[int]) -> Passes:
     remaining = list(ranks)  # rank counted from the top of the bracket
     while any(a < b for a, b in zip(low, high, strict=True)):
         shift = [max(0, (b - a).bit_length() - 16) for a, b in zip(low, high, strict=True)]
-        counts = yield partial(_count_in_brackets, low=low, high=high, shift=shift)
+        counts = yield Counts(partial(_bins, low=low, shift=shift))
         for i, bins in enumerate(counts):
+            bins[((high[i] - low[i]) >> shift[i]) + 1 :] = 0  # above the bracket
             from_top = np.cumsum(bins[::-1])
             step = int(np.searchsorted(from_top, remaining[i]))
             remaining[i] -= int(from_top[step - 1]) if step else 0
@@ -41,19 +43,12 @@ def _searched_thresholds(ranks: Sequence[int]) -> Passes:
     return np.array(low, dtype=np.uint32).view(np.float32)
 
 
-def _count_in_brackets(
-    x: Models, *, low: Sequence[int], high: Sequence[int], shift: Sequence[int]
-) -> Statistic:
-    """Counts [models, BINS] int64 of magnitudes whose bits lie in [low, high], by (bits - low) >> shift."""
-    counts = np.zeros((len(x), BINS), dtype=np.int64)
-    for i, delta in enumerate(x):
-        bits = np.abs(delta).view(np.uint32).ravel()
-        if (low[i], high[i]) != (0, LARGEST):
-            bits -= np.uint32(low[i])  # below the bracket wraps around to above it
-            bits = bits[bits <= high[i] - low[i]]
-        bits >>= shift[i]
-        counts[i] = np.bincount(bits, minlength=BINS)[:BINS]
-    return counts
+def _bins(x: Models, *, low: Sequence[int], shift: Sequence[int]) -> list[NDArray[np.uint32]]:
+    """(bits of |x| - low) >> shift; what lies below `low` wraps around to large numbers."""
+    return [
+        (np.abs(model).view(np.uint32) - np.uint32(first)) >> np.uint32(by)
+        for model, first, by in zip(x, low, shift, strict=True)
+    ]
 
 
 def elected(x: Models, votes: Models) -> list[NDArray[np.bool_]]:
@@ -80,10 +75,8 @@ def disjoint_merge(
     total = weighted_sum([v * a for v, a in zip(x, agree, strict=True)], weight)
     if normalize:
         shares = [w if signed_divisor else abs(w) for w in weight]
-        divisor = weighted_sum(agree, shares)
-        divisor = divisor.astype(np.float32, copy=False)
-        divisor[np.abs(divisor) < 1e-8] = 1.0
-        total /= divisor
+        divisor = weighted_sum([a.astype(np.float32) for a in agree], shares)
+        total /= divisor + (np.abs(divisor) < NOTHING)
     if lambda_ != 1.0:
         total *= np.float32(lambda_)
     return total

@@ -45,21 +45,45 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else config
 
 
-def open_model(label: str, beside: Sequence[Path] = (), fetch: Callable[[str, str | None], tuple[Path, str]] | None = None) -> Model:
+Fetch = Callable[[str, str | None], tuple[Path, str]]
+Peek = Callable[[str, str | None], tuple[Path, str, Source]]
+
+
+def open_model(
+    label: str,
+    beside: Sequence[Path] = (),
+    fetch: Fetch | None = None,
+    peek: Peek | None = None,
+) -> Model:
     """The model that `label` names; raises SourceError.
 
     beside: folders that relative paths may start from, after the current one. fetch(repo, revision)
-    -> (folder, commit) gets a model from the hub; None means that this is not wanted.
+    -> (folder, commit) gets a model from the hub; None means that this is not wanted. peek(repo,
+    revision) -> (folder, commit, source) is taken instead where only headers are needed.
     """
-    folder, commit = _locate(label, beside, fetch)
-    return Model(label, folder, read_json(folder / "config.json"), open_safetensors(folder), commit)
+    peeked: list[Source] = []
+
+    def peeking(repo: str, revision: str | None) -> tuple[Path, str]:
+        assert peek is not None
+        folder, commit, source = peek(repo, revision)
+        peeked.append(source)
+        return folder, commit
+
+    folder, commit = locate(label, beside, peeking if peek else fetch)
+    config = read_json(folder / "config.json")
+    return Model(label, folder, config, peeked[0] if peeked else open_safetensors(folder), commit)
 
 
-def _locate(label: str, beside: Sequence[Path], fetch: Callable[[str, str | None], tuple[Path, str]] | None) -> tuple[Path, str | None]:
+def locate(
+    label: str, beside: Sequence[Path] = (), fetch: Fetch | None = None
+) -> tuple[Path, str | None]:
+    """Folder and hub commit of the model that `label` names; raises SourceError."""
     if label.startswith(ZOO):
         return _in_zoo(label), None
-    places = {(start / Path(label).expanduser()).resolve() for start in (Path(), *beside)}
-    found = [place for place in places if place.is_dir()]
+    if not label.isprintable():
+        raise SourceError(f"model {label!r}: not the name of a folder or of a hub model")
+    places = {(start / _at_home(label)).resolve() for start in (Path(), *beside)}
+    found = [place for place in places if _is_folder(place)]
     if len(found) > 1:
         raise SourceError(f"model {label!r} is both {found[0]} and {found[1]}; write the whole path")
     if found:
@@ -72,10 +96,24 @@ def _locate(label: str, beside: Sequence[Path], fetch: Callable[[str, str | None
     raise SourceError(f"model {label!r}: no such folder, and not a hub id (owner/name or owner/name@revision)")
 
 
+def _at_home(label: str) -> Path:
+    try:
+        return Path(label).expanduser()
+    except RuntimeError:  # ~name of nobody
+        return Path(label)
+
+
+def _is_folder(place: Path) -> bool:
+    try:
+        return place.is_dir()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _in_zoo(label: str) -> Path:
     zoo = shipped("evals/zoo")
     folder = zoo / label.removeprefix(ZOO)
-    if ".." in label or not folder.is_dir():
+    if not re.fullmatch(r"[\w.-]+", folder.name) or folder.parent != zoo or not (folder / "config.json").is_file():
         names = ", ".join(ZOO + p.parent.name for p in sorted(zoo.glob("*/config.json")))
         raise SourceError(f"model {label!r}: not in the tiny model family; it has {names}")
     return folder
@@ -87,7 +125,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{file}: missing; a model folder has one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise SourceError(f"{file}: holds a {type(data).__name__}, not a table")
