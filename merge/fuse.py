@@ -42,7 +42,7 @@ _BINARY = {
     "logical_and": "({} & {})", "logical_or": "({} | {})",
     "left_shift": "({} << {})", "right_shift": "({} >> {})",
 }  # fmt: skip
-_UNARY = {"absolute": "abs({})", "negative": "(-{})", "logical_not": "(not {})", "sqrt": "np.sqrt({})"}
+_UNARY = {"absolute": "abs({})", "negative": "(-{})", "logical_not": "(not {})", "sqrt": "np.sqrt({})", "invert": "(~{})"}
 
 
 class Symbol(NDArrayOperatorsMixin):
@@ -69,7 +69,7 @@ class Symbol(NDArrayOperatorsMixin):
         wanted = np.dtype(dtype)
         if wanted.itemsize != self.dtype.itemsize:
             raise Untraceable(f"view of {self.dtype} as {wanted}")
-        return self.trace.emit(f"{self.name}.view(np.{wanted})", wanted)
+        return self.trace.emit(f"np.{self.dtype}({self.name}).view(np.{wanted})", wanted)
 
     def copy(self) -> "Symbol":
         return Symbol(self.trace, self.name, self.dtype)
@@ -99,6 +99,8 @@ class _Trace:
             raise Untraceable(f"numpy.{ufunc.__name__}")
         loop = ufunc.resolve_dtypes((*(_type_of(value) for value in inputs), None))
         names = [self.cast(value, dtype) for value, dtype in zip(inputs, loop, strict=False)]
+        if ufunc is np.invert and loop[0] == np.bool_:
+            pattern = _UNARY["logical_not"]
         expression = pattern.format(*names)
         if loop[-1] != np.bool_:
             expression = f"np.{loop[-1]}({expression})"

@@ -346,7 +346,8 @@ def _line(lines: Mapping[tuple[str | int, ...], int], path: Sequence[str | int])
 
 
 def _validation_message(error: ValidationError, file: str, lines: Mapping[tuple[str | int, ...], int]) -> str:
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # often the cause of others
     path = first["loc"]
     name = ".".join(str(part) for part in path)
     at = f"{file}:{_line(lines, path)}"
@@ -354,7 +355,8 @@ def _validation_message(error: ValidationError, file: str, lines: Mapping[tuple[
         allowed = list(_fields_at(path[:-1]))
         return f"{at}: unknown key {str(path[-1])!r}{_nearest(str(path[-1]), allowed)}; allowed: {', '.join(allowed)}"
     if first["type"] == "missing":
-        return f"{at}: {name} is missing; a recipe needs merge_method and models"
+        needs = "an entry of models needs model" if path[0] == "models" else "a recipe needs merge_method and models"
+        return f"{at}: {name} is missing; {needs}"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{at}: {name} is {_shown(first['input'])}; {reason[0].lower() + reason[1:]}"
 

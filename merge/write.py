@@ -213,8 +213,8 @@ class PartialFolder:
         """Counts journalled steps as done whose bytes are still there (a power cut can lose them)."""
         steps = {step.name: step for step in self.plan.steps}
         for line in lines:
-            step = steps.get(line.get("step", ""))
-            if step is None:
+            step = steps.get(str(line.get("step")))
+            if step is None or not isinstance(line.get("inputs"), list) or len(line["inputs"]) != len(step.inputs):
                 continue
             file, start = self._places[step.name]
             if stored_digest(self._descriptors[file], start, step.shape, step.dtype) == line.get("output"):

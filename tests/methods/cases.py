@@ -1,0 +1,94 @@
+"""For every method: recipes that a test can run, and the same in words of one tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from families import typed, write_model, write_recipe
+from numpy.typing import NDArray
+
+from merge.pipeline import Result, run_recipe
+from merge.plan import Step
+from merge.sources.safetensors import open_safetensors
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call a method: parameters per model (a list holds one value a model) and shared."""
+
+    method: str
+    models: int
+    own: Mapping[str, list[float]] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.method, *self.own, *(f"{k}={v}" for k, v in self.shared.items())])
+
+
+W = [0.5, 0.3, -0.2]
+CASES = [
+    Case("linear", 3, {"weight": [1.0, 2.0, 0.5]}),
+    Case("linear", 3, {"weight": W}, {"normalize": False}),
+    Case("passthrough", 1, {"scale": [0.7]}),
+    Case("passthrough", 1),
+    Case("slerp", 2, {}, {"t": 0.3}),
+    Case("task_arithmetic", 3, {"weight": W}),
+    Case("task_arithmetic", 3, {"weight": W}, {"normalize": True, "lambda": 0.8}),
+    Case("ties", 3, {"weight": W, "density": [0.5, 0.71, 0.3]}),
+    Case("ties", 3, {"weight": W, "density": [1.0, 0.2, 1.0]}, {"normalize": False, "lambda": 1.3}),
+    Case("ties", 3, {"weight": W, "density": [0.5] * 3}, {"weights_in_election": True, "signed_divisor": True}),
+    Case("dare_linear", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
+    Case("dare_linear", 3, {"weight": W, "density": [0.5] * 3}, {"rescale": False, "normalize": True}),
+    Case("dare_ties", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
+    Case("dare_ties", 3, {"weight": W, "density": [0.5] * 3}, {"normalize": True, "lambda": 0.5}),
+]  # fmt: skip
+
+Values = Mapping[str, NDArray[Any]]
+
+
+def needs_base(case: Case) -> bool:
+    return case.method not in ("linear", "passthrough")
+
+
+def write_case(folder: Path, case: Case, models: list[Values], base: Values, dtype: str, **keys: Any) -> Path:
+    """Model folders m0, m1, ... and base, and the recipe of `case` over them."""
+    for i, values in enumerate(models):
+        write_model(folder / f"m{i}", typed(values, dtype))
+    entries = [{"model": f"m{i}", "parameters": {k: v[i] for k, v in case.own.items()}} for i in range(case.models)]
+    if case.method == "slerp":
+        keys["base_model"] = "m0"
+    elif needs_base(case):
+        write_model(folder / "base", typed(base, dtype))
+        keys["base_model"] = "base"
+    if case.shared:
+        keys["parameters"] = dict(case.shared)
+    return write_recipe(folder / "recipe.yaml", models=entries, merge_method=case.method, **keys)
+
+
+def merged(recipe: Path, **options: Any) -> tuple[dict[str, NDArray[Any]], Result]:
+    """Runs a recipe; all written tensors as float64, by name."""
+    result = run_recipe(recipe, recipe.parent / options.pop("into", "out"), **options)
+    return read_values(result.folder), result
+
+
+def read_values(folder: Path) -> dict[str, NDArray[Any]]:
+    """Tensors of a model folder as float64 (integers as they are)."""
+    from merge.numerics import STORAGE, to_float32
+
+    source = open_safetensors(folder)
+    out = {}
+    for name, info in source.tensors.items():
+        raw = np.empty((info.rows, info.cols), STORAGE[info.dtype])
+        source.read(name, 0, info.rows, memoryview(raw).cast("B"))
+        wide = raw.astype(np.float64) if info.dtype == "F64" else to_float32(raw, info.dtype)
+        out[name] = wide.astype(np.float64).reshape(info.shape)
+    return out
+
+
+def parameters_of(step: Step) -> dict[str, Any]:
+    return {k: v for k, v in step.parameters.items() if k != "int8_mask"}

@@ -1,0 +1,101 @@
+"""Every method once more, written from its paper for whole tensors in float64; slow and plain."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.numerics import Counter, random_key
+
+Tensor = NDArray[np.float64]
+Reference = Callable[..., Tensor]
+
+
+def linear(x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float], normalize: bool) -> Tensor:
+    total = sum(w * m for w, m in zip(weight, x, strict=True))
+    return np.asarray(total / sum(weight) if normalize else total)
+
+
+def passthrough(x: list[Tensor], base: Tensor | None, name: str, *, scale: list[float]) -> Tensor:
+    return x[0] * scale[0]
+
+
+def slerp(x: list[Tensor], base: Tensor | None, name: str, *, t: float) -> Tensor:
+    """Shoemake's formula on the flattened tensors; the chord where they are parallel."""
+    a, b = (m.ravel() for m in x)
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = a @ b / norms if norms else 1.0
+    if abs(cosine) > 0.9995:
+        return ((1 - t) * a + t * b).reshape(x[0].shape)
+    angle = np.arccos(cosine)
+    out = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    return np.asarray(out.reshape(x[0].shape))
+
+
+def task_arithmetic(
+    x: list[Tensor], base: Tensor, name: str, *, weight: list[float], normalize: bool, **rest: Any
+) -> Tensor:
+    divisor = sum(map(abs, weight)) if normalize else 1.0
+    total = sum(w * (m - base) for w, m in zip(weight, x, strict=True))
+    return np.asarray(base + rest["lambda"] * total / (divisor or 1.0))
+
+
+def trimmed(delta: Tensor, density: float) -> Tensor:
+    """The k largest magnitudes, k = floor(density n), with everything equal to the smallest of them."""
+    k = max(1, int(density * delta.size))
+    threshold = np.sort(np.abs(delta).ravel())[-k]
+    return np.where(np.abs(delta) >= threshold, delta, 0.0)
+
+
+def elect_and_merge(deltas: list[Tensor], *, weight: list[float], normalize: bool, **rest: Any) -> Tensor:
+    """Sections 3.2 and 3.3 of the TIES paper, with a weight per model."""
+    votes = [w * d for w, d in zip(weight, deltas, strict=True)] if rest["weights_in_election"] else deltas
+    sign = np.sign(sum(votes))
+    total, divisor = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
+    for vote, delta, w in zip(votes, deltas, weight, strict=True):
+        agree = (np.sign(vote) == sign) & (sign != 0)
+        total += np.where(agree, w * delta, 0.0)
+        divisor += np.where(agree, w if rest["signed_divisor"] else abs(w), 0.0)
+    if normalize:
+        total = np.divide(total, divisor, out=total, where=np.abs(divisor) > 1e-8)
+    return rest["lambda"] * total
+
+
+def ties(x: list[Tensor], base: Tensor, name: str, *, density: list[float], **rest: Any) -> Tensor:
+    # the engine's task vectors are float32, so which magnitudes are equal is decided there
+    deltas = [(m.astype(np.float32) - base.astype(np.float32)).astype(np.float64) for m in x]
+    kept = [trimmed(d, p) for d, p in zip(deltas, density, strict=True)]
+    return np.asarray(base + elect_and_merge(kept, **rest))
+
+
+def dropped(x: list[Tensor], base: Tensor, name: str, density: list[float], rescale: bool, seed: int) -> list[Tensor]:
+    """Section 3.1 of the DARE paper with the documented masks: kept where random < density 2**32."""
+    out = []
+    for i, (model, p) in enumerate(zip(x, density, strict=True)):
+        counter = Counter.of(0, (1, model.size))
+        random = counter.random(random_key(seed, name, i)).reshape(model.shape)
+        mask = random < p * 2**32 if p < 1 else np.ones(model.shape, bool)
+        out.append(np.where(mask, model - base, 0.0) / (p if rescale else 1.0))
+    return out
+
+
+def dare_linear(
+    x: list[Tensor], base: Tensor, name: str, *, weight: list[float], density: list[float],
+    normalize: bool, rescale: bool, seed: int, **rest: Any,
+) -> Tensor:  # fmt: skip
+    kept = [d + base for d in dropped(x, base, name, density, rescale, seed)]
+    return task_arithmetic(kept, base, name, weight=weight, normalize=normalize, **rest)
+
+
+def dare_ties(
+    x: list[Tensor], base: Tensor, name: str, *, density: list[float], rescale: bool, seed: int, **rest: Any
+) -> Tensor:
+    kept = dropped(x, base, name, density, rescale, seed)
+    return np.asarray(base + elect_and_merge(kept, **rest))
+
+
+REFERENCES: Mapping[str, Reference] = {
+    f.__name__: f
+    for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties)
+}

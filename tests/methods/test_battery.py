@@ -1,0 +1,212 @@
+"""The laws that every registered method obeys."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from families import contents, drawn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from methods.cases import CASES, NAME, Case, merged, parameters_of, read_values, write_case
+from methods.references import REFERENCES
+from numpy.typing import NDArray
+
+from merge.methods import all_methods
+
+GOLDEN = Path(__file__).with_name("golden.json")
+EPSILON = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # half a unit in the last place
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+
+
+def family(shape: tuple[int, ...], models: int, dtype: str = "F32", size: float = 0.1) -> Any:
+    """Values of a base and of models near it, rounded to `dtype` already."""
+    base = drawn(0, {NAME: shape})
+    tuned = []
+    for seed in range(1, models + 1):
+        delta = drawn(seed, {NAME: shape})[NAME]
+        tuned.append({NAME: base[NAME] + np.float32(size) * delta})
+    return base, tuned
+
+
+def run(case: Case, shape: tuple[int, ...], dtype: str = "F32", **options: Any) -> tuple[NDArray[Any], Any, Path]:
+    base, models = family(shape, case.models)
+    folder = Path(tempfile.mkdtemp())
+    keys = options.pop("keys", {})
+    recipe = write_case(folder, case, models, base, dtype, **keys)
+    values, result = merged(recipe, **options)
+    return values[NAME], result, folder
+
+
+def test_every_method_has_a_case_and_a_reference() -> None:
+    assert {case.method for case in CASES} == set(all_methods()) == set(REFERENCES)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_equals_its_paper_in_float64(case: Case, dtype: str, fuse: bool) -> None:
+    found, result, folder = run(case, (37, 23), dtype, fuse=fuse)
+    step = result.plan.steps[0]
+    x = [read_values(folder / f"m{i}")[NAME] for i in range(case.models)]
+    base = read_values(folder / "base")[NAME] if step.base else None
+    expected = REFERENCES[case.method](x, base, NAME, **parameters_of(step))
+    # one rounding to the output, and float32 arithmetic on values up to the largest operand
+    largest = max(np.abs(v).max() for v in [*x, expected])
+    tolerance = EPSILON[dtype] * np.abs(expected) + 16 * EPSILON["F32"] * largest
+    assert (np.abs(found - expected) <= tolerance).all(), np.abs(found - expected).max()
+
+
+@every_case
+@given(rows=st.integers(1, 700), cols=st.sampled_from([1, 3, 1000, 1024, 4099]), data=st.data())
+@settings(max_examples=4)
+def test_bits_do_not_depend_on_blocks_threads_or_compiling(case: Case, rows: int, cols: int, data: Any) -> None:
+    folder = Path(tempfile.mkdtemp())
+    base, models = family((rows, cols), case.models)
+    recipe = write_case(folder, case, models, base, data.draw(st.sampled_from(["F32", "BF16"])))
+    found = set()
+    for i, (threads, memory, fuse) in enumerate([(1, "4GiB", False), (3, "4GiB", True), (2, "1GiB", False)]):
+        _, result = merged(recipe, into=f"out{i}", threads=threads, memory=memory, fuse=fuse)
+        found.add(json.dumps(contents(result.folder)))
+    assert len(found) == 1
+
+
+@every_case
+def test_smallest_blocks_read_again_give_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One grain a block and no held inputs, against blocks of many grains held between passes."""
+    import merge.budget
+
+    _, large, folder = run(case, (600, 1000), threads=2)
+    monkeypatch.setattr(merge.budget, "BLOCK", 1)
+    monkeypatch.setattr(merge.budget, "held_bytes", lambda step: 1 << 60)
+    _, small = merged(folder / "recipe.yaml", into="small", threads=2)
+    assert small.budget.hold == 0
+    assert contents(small.folder) == contents(large.folder)
+
+
+@every_case
+def test_equal_models_come_back_unchanged(case: Case) -> None:
+    """Where coefficients add up to 1, models that are all the base give the base to the bit."""
+    if not _is_average(case):
+        pytest.skip("its coefficients do not add up to 1")
+    base = drawn(0, {NAME: (40, 8)})
+    folder = Path(tempfile.mkdtemp())
+    recipe = write_case(folder, case, [base] * case.models, base, "BF16")
+    found, _ = merged(recipe)
+    assert np.array_equal(found[NAME], read_values(folder / "m0")[NAME])
+
+
+def _is_average(case: Case) -> bool:
+    if case.method == "passthrough":
+        return "scale" not in case.own
+    if case.method == "linear":
+        return case.shared.get("normalize", True)
+    return True
+
+
+@pytest.mark.parametrize("method", [m for m in REFERENCES if m not in ("slerp", "passthrough")])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_one_model_of_weight_1_and_density_1_comes_back(method: str, fuse: bool) -> None:
+    case = Case(method, 1, {"weight": [1.0]})
+    found, _, folder = run(case, (40, 9), "BF16", fuse=fuse)
+    # base + (model - base) is within a float32 rounding of the model, which bfloat16 absorbs
+    assert np.array_equal(found, read_values(folder / "m0")[NAME])
+
+
+@pytest.mark.parametrize(("t", "model"), [(0.0, "m0"), (1.0, "m1")])
+def test_slerp_ends_at_its_models(t: float, model: str) -> None:
+    found, _, folder = run(Case("slerp", 2, {}, {"t": t}), (40, 9), "BF16")
+    assert np.array_equal(found, read_values(folder / model)[NAME])
+
+
+HAND = [[1, 2, 3, 4], [5, 6, 7, 8], [-1, -2, -3, -4], [0, 0, 0, 0]]
+STEP_A = [[4, -3, 2, 1], [0, 0, 0, 0], [8, 0, 0, 0], [1, 1, 1, 1]]
+STEP_B = [[2, 5, -2, 0], [6, 0, 0, 0], [-4, 0, 0, 0], [1, 1, 1, 1]]
+WORKED = {
+    # trimmed to the 3 largest of 16 (k = floor(.2 * 16) = 3): a keeps 8, 4, -3; b keeps 6, 5, -4
+    "ties": (
+        {"weight": [1.0, 1.0], "density": [0.2, 0.2]}, {},
+        [[4, 5, 0, 0], [6, 0, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]],
+    ),
+    "task_arithmetic": (
+        {"weight": [1.0, 0.5]}, {},
+        [[5, -0.5, 1, 1], [3, 0, 0, 0], [6, 0, 0, 0], [1.5, 1.5, 1.5, 1.5]],
+    ),
+    "linear": (
+        {"weight": [1.0, 1.0]}, {},
+        [[3, 1, 0, 0.5], [3, 0, 0, 0], [2, 0, 0, 0], [1, 1, 1, 1]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", WORKED)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_hand_worked(method: str, fuse: bool) -> None:
+    own, shared, expected = WORKED[method]
+    base = {NAME: np.array(HAND, np.float32)}
+    models = [{NAME: base[NAME] + np.array(step, np.float32)} for step in (STEP_A, STEP_B)]
+    folder = Path(tempfile.mkdtemp())
+    recipe = write_case(folder, Case(method, 2, own, shared), models, base, "F32")
+    found, _ = merged(recipe, fuse=fuse)
+    assert np.array_equal(found[NAME] - base[NAME], np.array(expected))
+
+
+def test_slerp_hand_worked() -> None:
+    """Orthogonal vectors, half way: both by sin(45)/sin(90)."""
+    a, b = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    a[0, 0], b[1, 1] = 2.0, 2.0
+    folder = Path(tempfile.mkdtemp())
+    recipe = write_case(folder, Case("slerp", 2, {}, {"t": 0.5}), [{NAME: a}, {NAME: b}], {}, "F32")
+    found, _ = merged(recipe)
+    assert found[NAME][0, 0] == found[NAME][1, 1] == np.float32(np.sqrt(2))
+
+
+def test_passthrough_copies_bits_and_scales() -> None:
+    found, _, folder = run(Case("passthrough", 1), (4, 4), "F16")
+    assert np.array_equal(found, read_values(folder / "m0")[NAME])
+    found, _, folder = run(Case("passthrough", 1, {"scale": [0.5]}), (4, 4), "F16")
+    assert np.array_equal(found, read_values(folder / "m0")[NAME] / 2)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_keeps_the_wanted_share_and_the_mean(method: str) -> None:
+    """Of 400,000 values 30 % are kept within 5 standard deviations; kept ones grow by 1/density."""
+    base = {NAME: np.zeros((400, 1000), np.float32)}
+    models = [{NAME: np.ones((400, 1000), np.float32)}]
+    folder = Path(tempfile.mkdtemp())
+    case = Case(method, 1, {"weight": [1.0], "density": [0.3]}, {"seed": 1})
+    found, _ = merged(write_case(folder, case, models, base, "F32"))
+    kept = found[NAME] != 0
+    assert set(np.unique(found[NAME])) == {0.0, float(np.float32(1 / 0.3))}
+    assert abs(kept.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / kept.size)
+
+
+def test_dare_masks_differ_between_models_tensors_and_seeds() -> None:
+    base = {n: np.zeros((100, 100), np.float32) for n in (NAME, "other.weight")}
+    ones = {n: np.ones((100, 100), np.float32) for n in base}
+    masks = []
+    for seed in (0, 1):
+        folder = Path(tempfile.mkdtemp())
+        case = Case("dare_linear", 2, {"weight": [1.0, 10.0], "density": [0.5, 0.5]}, {"seed": seed})
+        found, _ = merged(write_case(folder, case, [ones, ones], base, "F32"))
+        for name in base:
+            masks += [found[name] % 20 != 0, found[name] >= 20]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            # independent masks agree in half of 10,000 places, give or take 5 standard deviations
+            assert abs((a == b).mean() - 0.5) < 0.025
+
+
+@every_case
+def test_golden_digest(case: Case, request: pytest.FixtureRequest) -> None:
+    """The bytes of a merge do not change from version to version; --update-golden records them."""
+    _, result, _ = run(case, (50, 31), "BF16")
+    digest = hashlib.sha256((result.folder / "model.safetensors").read_bytes()).hexdigest()
+    known = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
+    if request.config.getoption("--update-golden"):
+        GOLDEN.write_text(json.dumps(known | {case.id: digest}, indent=1, sort_keys=True) + "\n")
+        return
+    assert known.get(case.id) == digest

@@ -1,0 +1,100 @@
+"""A compiled loop gives the bits of the numpy function that it was traced from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from merge.formula import _REDUCED, _run_loop
+from merge.fuse import BINS, LANES, Untraceable, traced
+
+RNG = np.random.default_rng(0)
+A = RNG.standard_normal((50, 77), dtype=np.float32)
+B = RNG.standard_normal((50, 77), dtype=np.float32)
+B[0, :9] = [0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1.0, 1.0, 2.0]
+A[0, :9] = [0.0, 0.0, 1e-45, 1e-45, 3e38, 3e38, 1.0, -1.0, 0.5]
+
+EXPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "arithmetic": lambda a, b: (a + b) * 0.3 - a / (np.abs(b) + 1.0),
+    "comparison": lambda a, b: a * (a > b) + b * (a <= b),
+    "masks": lambda a, b: ((a > 0) & (b > 0) | ~(a < 0)).astype(np.float32),
+    "bits": lambda a, b: (a.view(np.uint32) ^ b.view(np.uint32)) >> 3,
+    "wrapping": lambda a, b: a.view(np.uint32) * 0x9E3779B9 + b.view(np.uint32),
+    "narrowing": lambda a, b: (a.view(np.uint32) >> 16).astype(np.uint16),
+    "double": lambda a, b: a.astype(np.float64) * b.astype(np.float64),
+    "negative": lambda a, b: -a,
+    "thresholds": lambda a, b: a * (np.abs(a) >= np.float32(0.5)),
+}
+
+
+def in_place(a: Any, b: Any) -> Any:
+    total = a * 2.0
+    total += b
+    total /= 3.0
+    return total
+
+
+@pytest.mark.parametrize("name", [*EXPRESSIONS, "in_place"])
+@pytest.mark.parametrize("size", [1, 7, 77 * 50])
+def test_stored_results_are_numpys(name: str, size: int) -> None:
+    function = EXPRESSIONS.get(name, in_place)
+    a, b = A.reshape(1, -1)[:, :size], B.reshape(1, -1)[:, :size]
+    loop = traced(lambda x, index, high: [function(*x)], [a.dtype, b.dtype], "store")
+    with np.errstate(all="ignore"):
+        expected = function(a, b)
+    found = _run_loop(loop, "store", [a, b], 0)[0]
+    assert found.dtype == expected.dtype
+    assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("size", [1, LANES - 1, LANES, LANES + 1, 77 * 50])
+def test_sums_and_counts_are_numpys(size: int) -> None:
+    a = A.reshape(1, -1)[:, :size]
+
+    def squares(x: Sequence[Any], *_: Any) -> list[Any]:
+        return [x[0].astype(np.float64) * x[0].astype(np.float64), x[0].astype(np.float64)]
+
+    def tops(x: Sequence[Any], *_: Any) -> list[Any]:
+        return [x[0].view(np.uint32) >> 15, x[0].view(np.uint32) >> 16]
+
+    for kind, function in (("sum", squares), ("count", tops)):
+        found = _run_loop(traced(function, [a.dtype], kind), kind, [a], 0)
+        expected = [_REDUCED[kind](v) for v in function([a])]
+        assert all(f.tobytes() == e.tobytes() for f, e in zip(found, expected, strict=True))
+    assert sum(c.sum() for c in _run_loop(traced(tops, [a.dtype], "count"), "count", [a], 0)) <= 2 * a.size
+    assert BINS == 1 << 16
+
+
+def test_element_numbers_run_on() -> None:
+    loop = traced(lambda x, index, high: [index + 0], [np.dtype(np.float32)], "store")
+    found = _run_loop(loop, "store", [A], 2**32 - 5)[0]
+    assert found.ravel()[:7].tolist() == [2**32 - 5 + i for i in range(5)] + [0, 1]
+
+
+def test_numbers_are_arguments_of_one_loop() -> None:
+    one, other = (
+        traced(lambda x, i, h, w=w: [x[0] * w], [A.dtype], "store") for w in (0.25, 0.75)
+    )
+    assert one.source == other.source
+    assert one.numbers[0] == 0.25
+    assert other.numbers[0] == 0.75
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum(),
+        lambda x: np.sort(x),
+        lambda x: x[x > 0],
+        lambda x: x if x > 0 else -x,
+        lambda x: np.exp(x),
+        lambda x: x * np.ones(3, np.float32),
+        lambda x: np.add.reduce(x),
+        lambda x: np.float32(1.0),
+    ],
+    ids=["sum", "sort", "index", "branch", "exp", "array", "reduce", "constant"],
+)
+def test_what_is_not_element_wise_is_refused(function: Callable[[Any], Any]) -> None:
+    with pytest.raises((Untraceable, TypeError)):
+        traced(lambda x, index, high: [function(x[0])], [A.dtype], "store")
