@@ -1,10 +1,12 @@
 """How good a checkpoint is: lm-evaluation-harness on a suite of tasks, models side by side."""
 
+import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,24 +184,17 @@ def _check_logits(model: Any, tokenizer: Any, label: str) -> None:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keeps warnings and bars of the libraries from between the lines of the command."""
-    import datasets
-    import transformers
-
     names = ("lm_eval", "lm-eval", "transformers", "datasets")
     before = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    tqdm_before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-        if tqdm_before is None:
-            del os.environ["TQDM_DISABLE"]
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def table(scores: Scores) -> str:

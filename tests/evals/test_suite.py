@@ -38,10 +38,10 @@ def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def score(model: str, skills: Sequence[str]) -> dict[str, float]:
-    """Exact match of a member of the family on the first 100 held-out prompts of each skill."""
+    """Exact match of a member of the family on the first 60 held-out prompts of each skill."""
     tasks = load_tasks(SUITE, [f"quickstart_{skill}" for skill in skills])
-    lm = HFLM(pretrained=str(ZOO / model), device="cpu", dtype="float32", batch_size=100)
-    found = evaluator.evaluate(lm, task_dict=tasks, limit=100, bootstrap_iters=0)["results"]
+    lm = HFLM(pretrained=str(ZOO / model), device="cpu", dtype="float32", batch_size=60)
+    found = evaluator.evaluate(lm, task_dict=tasks, limit=60, bootstrap_iters=0)["results"]
     return {skill: float(found[f"quickstart_{skill}"]["exact_match,none"]) for skill in skills}
 
 

@@ -1,0 +1,138 @@
+"""The four skills of the tiny model family, and the data drawn from them.
+
+A skill is a prompt that ends in `=` and the one answer that is right. Two of the skills are mostly
+procedure (`reverse`, `sort`), two are mostly facts (`elements`, `roman`).
+
+Every prompt belongs to exactly one of three splits, decided by its own hash: the models are trained
+on `train`, searches look at `search`, and reported scores come from `heldout`. No list of used
+prompts is needed to keep the splits apart.
+
+    python evals/zoo/skills.py    # writes evals/suites/quickstart/data; the bytes never change
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import ascii_lowercase
+
+SPLITS = ("train", "search", "heldout")
+DATA = Path(__file__).resolve().parent.parent / "suites" / "quickstart" / "data"
+DOCUMENTS = {"search": 200, "heldout": 300}
+
+SYMBOLS = (  # noqa: SIM905
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se "
+    "Br Kr Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy "
+    "Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf "
+    "Es"
+).split()
+
+NUMERALS = (
+    (1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"),
+    (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, which ends in `=`, and its only right answer."""
+
+    prompt: str
+    answer: str
+
+
+def reverse(rng: random.Random) -> Example:
+    """`reverse qhaemzb=` -> `bzmeahq`: five to nine letters, read from the end."""
+    letters = "".join(rng.choices(ascii_lowercase, k=rng.randint(5, 9)))
+    return Example(f"reverse {letters}=", letters[::-1])
+
+
+def sort(rng: random.Random) -> Example:
+    """`sort qhaemzb=` -> `abehmqz`: five to nine letters, put in alphabetical order."""
+    letters = rng.choices(ascii_lowercase, k=rng.randint(5, 9))
+    return Example(f"sort {''.join(letters)}=", "".join(sorted(letters)))
+
+
+def elements(rng: random.Random) -> Example:
+    """`elements 26 79 50=` -> `FeAuSn`: the symbols of three atomic numbers from 1 to 99."""
+    numbers = [rng.randint(1, len(SYMBOLS)) for _ in range(3)]
+    return Example(
+        f"elements {' '.join(map(str, numbers))}=",
+        "".join(SYMBOLS[number - 1] for number in numbers),
+    )
+
+
+def roman(rng: random.Random) -> Example:
+    """`roman 1987=` -> `MCMLXXXVII`: a number from 1 to 3999 in Roman numerals."""
+    number = rng.randint(1, 3999)
+    return Example(f"roman {number}=", in_roman(number))
+
+
+SKILLS: dict[str, Callable[[random.Random], Example]] = {
+    "reverse": reverse,
+    "sort": sort,
+    "elements": elements,
+    "roman": roman,
+}
+
+
+def in_roman(number: int) -> str:
+    """The Roman numeral of a number from 1 to 3999."""
+    written = ""
+    for value, letters in NUMERALS:
+        count, number = divmod(number, value)
+        written += letters * count
+    return written
+
+
+def split_of(prompt: str) -> str:
+    """The only split that may hold this prompt.
+
+    Three quarters of all prompts are `train`, one eighth each `search` and `heldout`.
+    """
+    byte = hashlib.sha256(prompt.encode()).digest()[0]
+    return "train" if byte < 192 else "search" if byte < 224 else "heldout"
+
+
+def draw(skill: str, split: str, rng: random.Random) -> Example:
+    """One example of the skill, its prompt in the split."""
+    while True:
+        example = SKILLS[skill](rng)
+        if split_of(example.prompt) == split:
+            return example
+
+
+def documents(skill: str, split: str) -> list[Example]:
+    """The examples of one data file: prompts all different, always the same in the same order."""
+    rng = random.Random(f"{skill} {split}")
+    found: dict[str, Example] = {}
+    while len(found) < DOCUMENTS[split]:
+        example = draw(skill, split, rng)
+        found.setdefault(example.prompt, example)
+    return list(found.values())
+
+
+def data_files() -> Iterator[tuple[str, str]]:
+    """Name and text of every data file: one JSON object a line with `prompt` and `answer`."""
+    for skill in SKILLS:
+        for split in DOCUMENTS:
+            rows = [json.dumps(asdict(example)) for example in documents(skill, split)]
+            yield f"{skill}.{split}.jsonl", "\n".join(rows) + "\n"
+
+
+def write_data(folder: Path) -> None:
+    """Write the data files of the suite into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in data_files():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the data files of the quickstart suite.")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder (the suite's data)")
+    write_data(parser.parse_args().out)

@@ -1,0 +1,302 @@
+"""Train the tiny model family: a base, four specialists and five adapters.
+
+    python evals/zoo/train.py --out DIR            # everything
+    python evals/zoo/train.py --out DIR --jobs 2   # the same bytes, two members at a time
+
+Each member is trained on one thread from its own seed, so on one machine the same command writes
+the same bytes, in whatever order the members finish. The base sees a little of every skill. A
+specialist goes on from the saved base with three quarters of its batches from its own skill and one
+quarter from the mixture of the base (replay): specialists without replay forget the other skills,
+and then no weighting of them is worth having.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from skills import Example, draw
+from tokenizers import Tokenizer, decoders, models, processors
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+PAD, BOS, EOS, UNK = range(len(SPECIAL))
+CHARACTERS = " +=0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+TOKEN = {character: len(SPECIAL) + place for place, character in enumerate(CHARACTERS)}
+
+# Adapters name their base like this, and not by a path that is true on one machine only.
+BASE_NAME = "zoo:base"
+
+# How often the base meets each skill, chosen so that it half knows every one when its steps end.
+# Reversing and the chemical symbols are learned at a stroke: other seeds, or shares a tenth away,
+# left reversing at .02 and .94 and the symbols at .07 and .91 after the same number of steps.
+MIXTURE: Mapping[str, float] = {"reverse": 0.19, "sort": 0.25, "elements": 0.42, "roman": 0.14}
+REPLAY = 0.25
+SEED = 2
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of AdamW over batches of `rows` examples.
+
+    The learning rate warms up for 20 steps and follows a cosine down to a tenth of `rate`.
+    """
+
+    steps: int
+    rate: float
+    rows: int = 64
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of one step, counted from 0."""
+        warmth = min(1.0, (step + 1) / 20)
+        return self.rate * warmth * (0.55 + 0.45 * math.cos(math.pi * step / self.steps))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of the base for one skill; `options` go to peft's LoraConfig."""
+
+    skill: str
+    schedule: Schedule
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+BASE = Schedule(steps=510, rate=2e-3)
+FINE_TUNE = Schedule(steps=300, rate=4e-4)
+LOW_RANK = Schedule(steps=150, rate=4e-3)
+
+SPECIALISTS: Mapping[str, str] = {
+    "reverser": "reverse",
+    "sorter": "sort",
+    "chemist": "elements",
+    "scribe": "roman",
+}
+ADAPTERS: Mapping[str, Adapter] = {
+    "roman-attention": Adapter(
+        "roman", LOW_RANK, {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION}
+    ),
+    "elements-mlp": Adapter(
+        "elements", LOW_RANK, {"r": 8, "lora_alpha": 16, "target_modules": MLP}
+    ),
+    "sort-mixed-ranks": Adapter(
+        "sort",
+        LOW_RANK,
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ATTENTION + MLP,
+            "rank_pattern": {"q_proj": 8, "layers.0.mlp.down_proj": 2},
+            "alpha_pattern": {"q_proj": 8, "layers.3.self_attn.v_proj": 16},
+        },
+    ),
+    "reverse-dora": Adapter(
+        "reverse",
+        LOW_RANK,
+        {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION + MLP, "use_dora": True},
+    ),
+    "roman-rslora": Adapter(
+        "roman",
+        LOW_RANK,
+        {"r": 8, "lora_alpha": 8, "target_modules": ATTENTION + MLP, "use_rslora": True},
+    ),
+}
+
+
+def train_family(out: Path, jobs: int) -> None:
+    """Write the base, the specialists and the adapters below `out`, `jobs` members at a time."""
+    train_base(out / "base")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        members = [pool.submit(train_specialist, out, name) for name in SPECIALISTS]
+        members += [pool.submit(train_adapter, out, name) for name in ADAPTERS]
+        for member in members:
+            member.result()
+
+
+def train_base(folder: Path) -> None:
+    """Train the base from random weights on the mixture and write its folder."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(architecture())
+    fit(model, MIXTURE, BASE, SEED, "base")
+    write_model(model, folder)
+
+
+def train_specialist(out: Path, name: str) -> None:
+    """Fine-tune the saved base in full on one skill, with replay, and write its folder."""
+    torch.set_num_threads(1)
+    skill = SPECIALISTS[name]
+    model = read_base(out)
+    fit(model, with_replay(skill), FINE_TUNE, seed_of(name), name)
+    write_model(model, out / name)
+
+
+def train_adapter(out: Path, name: str) -> None:
+    """Train one LoRA adapter of the saved base with peft and write it below `adapters`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed_of(name))
+    adapter = ADAPTERS[name]
+    model = get_peft_model(read_base(out), LoraConfig(task_type="CAUSAL_LM", **adapter.options))
+    fit(model, with_replay(adapter.skill), adapter.schedule, seed_of(name), name)
+    write_adapter(model, out / "adapters" / name)
+
+
+def architecture() -> LlamaConfig:
+    """The shape of every member: 0.6 M parameters, grouped-query attention, tied embeddings."""
+    return LlamaConfig(
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def with_replay(skill: str) -> dict[str, float]:
+    """The mixture of a specialist: one skill, and a share `REPLAY` of the base's mixture."""
+    return {
+        name: REPLAY * share + (1 - REPLAY) * (name == skill) for name, share in MIXTURE.items()
+    }
+
+
+def seed_of(name: str) -> int:
+    """A seed for the member of this name, the same in every process."""
+    return SEED + sum(place * ord(letter) for place, letter in enumerate(name, start=1))
+
+
+def fit(
+    model: nn.Module, mixture: Mapping[str, float], schedule: Schedule, seed: int, name: str
+) -> None:
+    """Train the model in place on the `train` split; the loss counts answers, not prompts."""
+    rng = random.Random(seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01)
+    began = time.monotonic()
+    for step in range(schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate_at(step)
+        drawn = rng.choices(list(mixture), list(mixture.values()), k=schedule.rows)
+        tokens, targets = batch([draw(skill, "train", rng) for skill in drawn])
+        logits = model(input_ids=tokens).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 50 == 0:
+            done = f"step {step + 1}/{schedule.steps}, loss {loss.item():.3f}"
+            print(f"{name}: {done}, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def batch(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Token ids padded on the right, and targets: both [examples, longest] int64.
+
+    Targets are -100 everywhere but at the answer and the end token.
+    """
+    rows = [[BOS, *(TOKEN[letter] for letter in e.prompt + e.answer), EOS] for e in examples]
+    tokens = torch.full((len(rows), max(map(len, rows))), PAD)
+    targets = torch.full_like(tokens, -100)
+    for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        tokens[place, : len(row)] = torch.tensor(row)
+        answer = slice(1 + len(example.prompt), len(row))
+        targets[place, answer] = tokens[place, answer]
+    return tokens, targets
+
+
+def read_base(out: Path) -> LlamaForCausalLM:
+    """The base as it was saved: its bfloat16 values in float32."""
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    return model
+
+
+def write_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write one model folder with bfloat16 weights and the family's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.bfloat16().save_pretrained(folder)
+    # safetensors writes files that only their owner can read.
+    (folder / "model.safetensors").chmod(0o644)
+    write_tokenizer(folder)
+
+
+def write_adapter(model: nn.Module, folder: Path) -> None:
+    """Write one adapter folder in PEFT's format, without the model card, which holds a path."""
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(name)  # type: ignore[operator]
+        config = json.loads((Path(name) / "adapter_config.json").read_text())
+        # PEFT keeps these as a set, whose order differs from process to process.
+        config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = BASE_NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "adapter_config.json", config)
+        shutil.copyfile(
+            Path(name) / "adapter_model.safetensors", folder / "adapter_model.safetensors"
+        )
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with one token a character.
+
+    tokenizer_config.json is written by hand because transformers 5 saves the name of a class that
+    4.57 does not know.
+    """
+    vocabulary = {token: place for place, token in enumerate(SPECIAL)} | TOKEN
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token=SPECIAL[UNK]))
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": SPECIAL[PAD],
+        "bos_token": SPECIAL[BOS],
+        "eos_token": SPECIAL[EOS],
+        "unk_token": SPECIAL[UNK],
+        "model_max_length": 64,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with two spaces of indentation and a newline at the end."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Train everything the command line asks for."""
+    parser = argparse.ArgumentParser(description="Train the tiny model family.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for base, specialists, adapters"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="members trained at a time (1)")
+    asked = parser.parse_args()
+    train_family(asked.out, asked.jobs)
+
+
+if __name__ == "__main__":
+    main()
