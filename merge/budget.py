@@ -11,8 +11,9 @@ from merge.numerics import grain_rows
 from merge.plan import Plan, Step
 from merge.recipe import parse_size
 
-RESERVED = 96 << 20  # bytes: interpreter, numpy, libraries, plan; 60 MiB measured for a 1 B model
-COMPILER = 144 << 20  # bytes: numba and LLVM with a method compiled; 125 MiB measured
+RESERVED = 80 << 20  # bytes: interpreter, numpy, libraries; 40 to 55 MiB measured
+PER_INPUT = 2 << 10  # bytes: of the plan and the journal, for every tensor read
+COMPILER = 104 << 20  # bytes: numba and LLVM with methods compiled; 75 to 85 MiB measured
 BLOCK = 4 << 20  # bytes of one input read at once: larger gains nothing, smaller costs calls
 SLACK = 1.25  # freed arrays that the allocator keeps, over those alive
 STATISTIC = 1 << 20  # bytes per model and thread of a statistics pass: counts and their copy
@@ -70,16 +71,23 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     steps = list(_distinct(plan.steps))
     blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
     arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
+    reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
     if fuse:
-        return RESERVED + COMPILER + threads * blocks + arrays
-    return RESERVED + threads * (blocks + arrays)
+        return reserved + COMPILER + threads * blocks + arrays
+    return reserved + threads * (blocks + arrays)
 
 
 def _with_holds(plan: Plan, threads: int, block: int, base: int, cap: int, fuse: bool) -> Budget:
-    sizes = [held_bytes(s) for s in plan.steps if not s.copy and grains(s) > 1] if plan.recipe.method.passes else []
-    slots = 2 if sizes else 0
-    room = (cap - base) // slots if slots else 0
-    hold = max((size for size in sizes if size <= room), default=0)
+    if not plan.recipe.method.passes:
+        return Budget(threads, block, 0, 0, base, fuse)
+    sizes = [held_bytes(step) for step in plan.steps if not step.copy and grains(step) > 1]
+
+    def kept(room: int) -> int:
+        return sum(size for size in sizes if size <= room)
+
+    # with two buffers steps overlap; one is better where more tensors fit it
+    slots = 2 if kept((cap - base) // 2) >= kept(cap - base) else 1
+    hold = max((size for size in sizes if size <= (cap - base) // slots), default=0)
     return Budget(threads, block, hold, slots if hold else 0, base + slots * hold, fuse)
 
 

@@ -18,7 +18,7 @@ from merge.stream import StepDigests
 from merge.verify import PROVENANCE
 from merge.write import index_text, layout, writing
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHTS: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 WEIGHTS += (".safetensors.index.json", ".bin.index.json", ".tflite", ".ot", ".npz")
 OWN = ("readme.md", "config.json", PROVENANCE, "scores.json")
 CARD = "README.md"

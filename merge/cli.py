@@ -41,6 +41,8 @@ class _Group(click.Group):
     def make_context(self, *arguments: Any, **more: Any) -> click.Context:
         try:
             return super().make_context(*arguments, **more)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
         except click.UsageError as error:
             _exit(error.format_message(), error.exit_code)
 
@@ -179,9 +181,9 @@ def plan_command(
     click.echo(f"writes         {_gb(plan.write_bytes)} to {folder}; {_gb(free_bytes(folder))} free")
     click.echo(f"projected peak {budget.peak / 2**20:.0f} MiB of memory with {budget.threads} threads (cap {memory})")
     _say_notes(plan)
-    for name, facts_of in shown.items():
-        values = ", ".join(f"{k}={v}" for k, v in facts_of["parameters"].items())
-        click.echo(f"{name} {list(facts_of['shape'])} {facts_of['dtype']}: {values}")
+    for step in chosen:
+        values = ", ".join(f"{k}={v}" for k, v in step.parameters.items())
+        click.echo(f"{step.name} {list(step.shape)} {step.dtype}: {values}")
 
 
 @main.command("verify")

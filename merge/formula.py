@@ -6,14 +6,14 @@ the loop is not used.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from merge.fuse import BINS, LANES, Loop, Untraceable, traced
-from merge.methods import Counts, Method, Passes, Sums
+from merge.fuse import BINS, LANES, Loop, UntraceableError, traced
+from merge.methods import Counts, Method, Passes, Statistic, Sums
 from merge.numerics import (
     STORAGE,
     Array,
@@ -27,7 +27,7 @@ from merge.numerics import (
 from merge.plan import Step
 
 Expression = Callable[[Sequence[Any], Counter], Sequence[Any]]
-GrainFunction = Callable[[Sequence[Raw], int], Any]
+Grain = tuple[Sequence[Raw], int]  # stored rows of every input, number of their first element
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Formula:
         size, models = self.step.rows * self.step.cols, len(self.step.operands)
         return self.method.statistics(size, models=models, **self._arguments)
 
-    def merging(self, stats: Any) -> GrainFunction:
-        """(stored rows of every input, number of their first element) -> merged rows as stored."""
+    def merging(self, stats: Any) -> Callable[[Grain], Raw]:
+        """A function from a grain to its merged rows as stored."""
         # half precision has no integer shortcut: its loop ends in float32
         dtype = self.step.dtype if self.step.dtype in ("BF16", "F32") else "F32"
 
@@ -61,18 +61,28 @@ class Formula:
                 out[np.isnan(out)] = np.nan  # other NaNs could carry into infinity when rounded
             return [from_float32(out, dtype)]
 
-        grain = self._grain_function(merged, "store")
+        function = self._compiled(merged, "store")
         if dtype == self.step.dtype:
-            return lambda raws, first: grain(raws, first)[0]
-        return lambda raws, first: from_float32(grain(raws, first)[0], self.step.dtype)
+            return lambda grain: function(grain)[0]
+        return lambda grain: from_float32(function(grain)[0], self.step.dtype)
 
-    def measuring(self, request: Sums | Counts) -> GrainFunction:
-        """(stored rows of every input, number of their first element) -> statistic of the grain."""
-        if isinstance(request, Sums):
-            terms = self._grain_function(lambda raws, _: request.terms(self._operands(raws)[0]), "sum")
-            return lambda raws, first: np.array([folded(lanes) for lanes in terms(raws, first)])
-        bins = self._grain_function(lambda raws, _: request.bins(self._operands(raws)[0]), "count")
-        return lambda raws, first: np.stack(bins(raws, first))
+    def measuring(self, request: Sums | Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
+        """A function from grains to their statistics: one each, or (counts) one for all."""
+        expression = request.terms if isinstance(request, Sums) else request.bins
+        kind = "sum" if isinstance(request, Sums) else "count"
+        function = self._compiled(lambda raws, _: expression(self._operands(raws)[0]), kind)
+        if kind == "sum":
+            return lambda grains: [
+                np.array([folded(lanes) for lanes in function(grain)]) for grain in grains
+            ]
+
+        def counted(grains: Iterable[Grain]) -> list[Statistic]:
+            total: list[Any] | None = None
+            for grain in grains:
+                total = function(grain, total)
+            return [np.stack(total)] if total else []
+
+        return counted
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -93,25 +103,15 @@ class Formula:
         base, *models = x
         return [model - base for model in models], base
 
-    def _grain_function(self, expression: Expression, kind: str) -> Callable[[Sequence[Raw], int], Any]:
-        """`expression` reduced as `kind` says (see fuse.traced), compiled or by numpy."""
-
-        def by_numpy(raws: Sequence[Raw], first: int) -> list[Any]:
-            shape = (raws[0].shape[0], raws[0].shape[1])
-            with np.errstate(all="ignore"):  # infinities are looked for in what is written
-                results = expression(raws, Counter.of(first, shape) if kind == "store" else _NONE)
-            return [_REDUCED[kind](result) for result in results]
-
+    def _compiled(self, expression: Expression, kind: str) -> "_GrainFunction":
         loop = self._loop(expression, kind) if self.fuse and not self.allow_nonfinite else None
-        if loop is None:
-            return by_numpy
-        return lambda raws, first: _run_checked(loop, kind, by_numpy, raws, first)
+        return _GrainFunction(expression, kind, loop)
 
     def _loop(self, expression: Expression, kind: str) -> Loop | None:
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
         try:
             return traced(lambda raws, index, high: expression(raws, Counter(index, high)), dtypes, kind)
-        except Untraceable:
+        except UntraceableError:
             return None
 
 
@@ -139,35 +139,53 @@ def _counted(values: Any) -> Any:
 
 
 _REDUCED: dict[str, Callable[[Any], Any]] = {"store": lambda v: v, "sum": _lanes, "count": _counted}
-
-
-def _run_loop(loop: Loop, kind: str, raws: Sequence[Raw], first: int) -> list[Any]:
-    flat = [
-        (to_float32(raw, "F16") if raw.dtype == np.float16 else raw).reshape(-1) for raw in raws
-    ]
-    if kind == "store":
-        out: list[Any] = [np.empty(flat[0].size, dtype) for dtype in loop.outputs]
-    elif kind == "sum":
-        out = [np.zeros(LANES) for _ in loop.outputs]
-    else:
-        out = [np.zeros(BINS, np.int64) for _ in loop.outputs]
-    loop.run(first, flat, out)
-    return [part.reshape(raws[0].shape) for part in out] if kind == "store" else out
-
-
-_trusted: dict[str, bool] = {}
+_trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _checking = threading.Lock()
 
 
-def _run_checked(loop: Loop, kind: str, by_numpy: Callable[[Sequence[Raw], int], list[Any]], raws: Sequence[Raw], first: int) -> list[Any]:
-    """The loop's result, once it gave numpy's bits on a first grain; else numpy's."""
-    trusted = _trusted.get(loop.source)
-    if trusted is None:
-        with _checking:
-            expected = by_numpy(raws, first)
-            found = _run_loop(loop, kind, raws, first)
-            same = all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
-            _trusted[loop.source] = same
-        return expected
-    return _run_loop(loop, kind, raws, first) if trusted else by_numpy(raws, first)
+@dataclass(frozen=True)
+class _GrainFunction:
+    """`expression` of a grain, reduced as `kind` says (see fuse.traced): by its loop or by numpy."""
 
+    expression: Expression
+    kind: str
+    loop: Loop | None
+
+    def __call__(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
+        """One array per result; counts are added to `total` where it is given."""
+        if self.loop is None or not _trusted.get(self.loop.source, True):
+            return self._added(self.by_numpy(grain), total)
+        if self.loop.source not in _trusted:
+            with _checking:
+                expected, found = self.by_numpy(grain), self.by_loop(grain)
+                same = all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
+                _trusted[self.loop.source] = same
+            return self._added(expected, total)
+        return self.by_loop(grain, total)
+
+    def by_numpy(self, grain: Grain) -> list[Any]:
+        raws, first = grain
+        counter = Counter.of(first, raws[0].shape) if self.kind == "store" else _NONE
+        with np.errstate(all="ignore"):  # infinities are looked for in what is written
+            return [_REDUCED[self.kind](result) for result in self.expression(raws, counter)]
+
+    def by_loop(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
+        assert self.loop is not None
+        raws, first = grain
+        flat = [_widened(raw).reshape(-1) for raw in raws]
+        if self.kind == "store":
+            out: list[Any] = [np.empty(flat[0].size, dtype) for dtype in self.loop.outputs]
+        elif self.kind == "sum":
+            out = [np.zeros(LANES) for _ in self.loop.outputs]
+        else:
+            out = total or [np.zeros(BINS, np.int64) for _ in self.loop.outputs]
+        self.loop.run(first, flat, out)
+        return [o.reshape(raws[0].shape) for o in out] if self.kind == "store" else out
+
+    @staticmethod
+    def _added(results: list[Any], total: list[Any] | None) -> list[Any]:
+        return [a + b for a, b in zip(results, total, strict=True)] if total else results
+
+
+def _widened(raw: Raw) -> Raw:
+    return to_float32(raw, "F16") if raw.dtype == np.float16 else raw

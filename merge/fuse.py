@@ -6,7 +6,7 @@ Python loop, and numba compiles that. The numbers that it uses (weights, thresho
 numbers) become arguments, so that one compiled loop serves all tensors. Nothing is reordered or
 contracted: the loop gives the bits of the numpy function, 10 times faster where that is bound by memory.
 
-What is not element-wise raises Untraceable; the caller then keeps to numpy.
+What is not element-wise raises UntraceableError; the caller then keeps to numpy.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ BINS = 1 << 16  # a count statistic has so many bins; larger values are not coun
 CHUNK = 2048  # elements whose bins are computed before they are counted
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """The function does something that is not an element-wise numpy operation known here."""
 
 
@@ -53,7 +53,7 @@ class Symbol(NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> "Symbol":
         if method != "__call__" or options:
-            raise Untraceable(f"{ufunc.__name__}.{method} with {sorted(options)}")
+            raise UntraceableError(f"{ufunc.__name__}.{method} with {sorted(options)}")
         result = self.trace.apply(ufunc, inputs)
         if out is None:
             return result
@@ -68,17 +68,17 @@ class Symbol(NDArrayOperatorsMixin):
     def view(self, dtype: Any) -> "Symbol":
         wanted = np.dtype(dtype)
         if wanted.itemsize != self.dtype.itemsize:
-            raise Untraceable(f"view of {self.dtype} as {wanted}")
+            raise UntraceableError(f"view of {self.dtype} as {wanted}")
         return self.trace.emit(f"np.{self.dtype}({self.name}).view(np.{wanted})", wanted)
 
     def copy(self) -> "Symbol":
         return Symbol(self.trace, self.name, self.dtype)
 
     def __bool__(self) -> bool:
-        raise Untraceable("a decision that depends on the values of an array")
+        raise UntraceableError("a decision that depends on the values of an array")
 
     def __getattr__(self, name: str) -> Any:
-        raise Untraceable(f"array.{name}")
+        raise UntraceableError(f"array.{name}")
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Trace:
     def apply(self, ufunc: Any, inputs: Sequence[Any]) -> Symbol:
         pattern = (_BINARY if ufunc.nin == 2 else _UNARY).get(ufunc.__name__)
         if pattern is None:
-            raise Untraceable(f"numpy.{ufunc.__name__}")
+            raise UntraceableError(f"numpy.{ufunc.__name__}")
         loop = ufunc.resolve_dtypes((*(_type_of(value) for value in inputs), None))
         names = [self.cast(value, dtype) for value, dtype in zip(inputs, loop, strict=False)]
         if ufunc is np.invert and loop[0] == np.bool_:
@@ -118,7 +118,7 @@ class _Trace:
         if type(value) is int and dtype.kind == "u":  # part of the formula, like a shift
             return f"np.{dtype}({value})"
         if np.ndim(value) != 0 or dtype.str[1:] not in self.numbers:
-            raise Untraceable(f"an operand of shape {np.shape(value)} and type {dtype}")
+            raise UntraceableError(f"an operand of shape {np.shape(value)} and type {dtype}")
         known = self.numbers[dtype.str[1:]]
         known.append(dtype.type(value))
         return f"{dtype.str[1:]}_{len(known) - 1}"
@@ -147,7 +147,7 @@ class Loop:
 
 
 def traced(function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any]], kind: str) -> Loop:
-    """`function(symbols, index, index_high)` -> arrays, as a loop; raises Untraceable.
+    """`function(symbols, index, index_high)` -> arrays, as a loop; raises UntraceableError.
 
     kind "store": the arrays are written out. "sum": each is summed over LANES lanes into float64
     [LANES]. "count": each (uint32) is counted into int64 [BINS]; values from BINS on are left out.
@@ -159,7 +159,7 @@ def traced(function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any
     index = trace.emit("np.uint32(first + np.uint32(i))", np.dtype(np.uint32))
     results = function(loaded, index, Symbol(trace, "first_high", np.dtype(np.uint32)))
     if not all(isinstance(result, Symbol) for result in results):
-        raise Untraceable("a result that does not depend on the inputs")
+        raise UntraceableError("a result that does not depend on the inputs")
     source = _source(trace, results, len(dtypes), kind)
     numbers = tuple(np.array(trace.numbers[k], dtype=k) for k in ("f4", "f8", "u4"))
     return Loop(source, numbers, tuple(r.dtype for r in results))
@@ -242,14 +242,15 @@ def _compile(source: str) -> Any:
 
     if not _loops:  # more models than 8 would not be vectorised for fear of overlapping arrays
         llvmlite.binding.set_option("mergetool", "-runtime-memory-check-threshold=256")
-    options = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+    options: Any = {"nogil": True, "error_model": "numpy", "boundscheck": False}
     file = _cached_source(source)
     if file is None:
         scope: dict[str, Any] = {}
         exec(compile(source, "<merge loop>", "exec"), scope)
         return numba.njit(**options)(scope["loop"])
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # numba finds the loop again by this name
     spec.loader.exec_module(module)

@@ -11,17 +11,18 @@ bfloat16 has no numpy type: it travels as uint16 and is widened and rounded here
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-Raw = NDArray[np.generic]
+Raw = NDArray[Any]
 
 GRAIN_ELEMENTS = 1 << 18  # 1 MiB of float32: smaller pays for numpy calls, larger leaves the L2 cache
 
-STORAGE = {
+STORAGE: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -70,7 +71,8 @@ def from_float32(value: Array, dtype: str) -> Raw:
     if dtype == "BF16":
         bits = value.view(np.uint32)
         return ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
-    return value.astype(STORAGE[dtype], copy=False)
+    with np.errstate(over="ignore"):  # what overflows is looked for in the result
+        return value.astype(STORAGE[dtype], copy=False)
 
 
 def first_nonfinite(raw: Raw, dtype: str) -> int | None:
@@ -123,7 +125,7 @@ class Counter:
     high: np.uint32
 
     @classmethod
-    def of(cls, first: int, shape: tuple[int, int]) -> "Counter":
+    def of(cls, first: int, shape: tuple[int, ...]) -> "Counter":
         start = first & 0xFFFFFFFF
         index = np.arange(start, start + shape[0] * shape[1], dtype=np.uint64).astype(np.uint32)
         return cls(index.reshape(shape), np.uint32(first >> 32))
@@ -131,12 +133,13 @@ class Counter:
     def random(self, key: int) -> NDArray[np.uint32]:
         """Uniform 32-bit integers of the stream `key`, one per element: the number hashed by
         multiply-xorshift rounds with parts of the key in between."""
-        x = self.index ^ np.uint32(key & 0xFFFFFFFF)
+        x: Any = self.index ^ np.uint32(key & 0xFFFFFFFF)
         x = (x ^ (x >> 16)) * 0x7FEB352D
         x = (x ^ (x >> 15)) + (np.uint32(key >> 32) ^ self.high)
         x = (x ^ (x >> 16)) * 0x846CA68B
         x = (x ^ (x >> 15)) * 0x2C1B3C6D
-        return x ^ (x >> 16)
+        scrambled: NDArray[np.uint32] = x ^ (x >> 16)
+        return scrambled
 
 
 def grain_digest(raw: Raw) -> bytes:

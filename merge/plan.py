@@ -243,7 +243,7 @@ class _Planner:
                     f"{self.recipe.where(*place, parameter.name)}: no rule of {parameter.name} fits tensor {name!r}; "
                     "end its list with a value without filter"
                 )
-            typed = [parameter.kind(value) for value in found]  # type: ignore[arg-type]
+            typed = [parameter.kind(value) for value in found]
             values[parameter.name] = typed if parameter.per_model else typed[0]
         return values
 

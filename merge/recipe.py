@@ -165,7 +165,8 @@ def _resolve(
             raise RecipeError(f"{file}:{_line(lines, at)}: {what}; give it under parameters")
         return Setting(tuple(rules))
 
-    per_model, common = [], {}
+    per_model: list[Mapping[str, Setting]] = []
+    common: dict[str, Setting] = {}
     for parameter in method.parameters.values():
         if not parameter.per_model:
             if differing := _first_difference(own, parameter.name):

@@ -199,8 +199,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 def table(scores: Scores) -> str:
     """Models as rows, tasks as columns, per cent with standard errors; the best mean is marked."""
-    prefix = os.path.commonprefix([t.name for t in scores.suite.tasks]) if len(scores.suite.tasks) > 1 else ""
-    prefix = prefix[: prefix.rfind("_") + 1]
+    prefix = f"{scores.suite.name}_"
     heads = ["model", *(t.name.removeprefix(prefix) for t in scores.suite.tasks), "mean"]
     best = max(m.mean for m in scores.models)
     rows = [

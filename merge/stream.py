@@ -15,7 +15,7 @@ import numpy as np
 
 from merge.budget import Budget, aligned, block_rows, held_bytes
 from merge.errors import NonFiniteError
-from merge.formula import Formula, GrainFunction
+from merge.formula import Formula, Grain
 from merge.methods import Counts, Passes, Statistic, Sums
 from merge.numerics import (
     STORAGE,
@@ -31,6 +31,8 @@ from merge.plan import Plan, Step
 
 Block = tuple[int, int]  # first row, end row; whole grains
 Request = Sums | Counts
+Merging = Callable[[Grain], Raw]
+Measuring = Callable[[Iterable[Grain]], list[Statistic]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class _Job:
         total = self.step.rows
         return [(a, min(a + self.rows, total)) for a in range(0, total, self.rows)] or [(0, 0)]
 
-    def merging(self, stats: Any) -> GrainFunction | None:
+    def merging(self, stats: Any) -> Merging | None:
         return None if self.step.copy else self.formula.merging(stats)
 
     def hold(self, memory: Raw) -> None:
@@ -142,19 +144,18 @@ class _Job:
     def _over_one_block(self, request: Request) -> Statistic:
         return _reduced(self.measured(self.blocks[0], self.formula.measuring(request)))
 
-    def measured(self, block: Block, measuring: GrainFunction) -> list[Statistic]:
-        """The statistic of each grain of a block, integers already added up."""
+    def measured(self, block: Block, measuring: Measuring) -> list[Statistic]:
+        """The statistics of a block: one for each grain, or one for all."""
         inputs = self._fetch(block)
-        parts = [measuring(*self._of_grain(inputs, block, a, b)) for a, b in self._grains(block)]
-        return [_reduced(parts)] if parts[0].dtype.kind in "iu" else parts
+        return measuring(self._of_grain(inputs, block, a, b) for a, b in self._grains(block))
 
-    def emit(self, block: Block, merging: GrainFunction | None, remaining: "_Countdown") -> None:
+    def emit(self, block: Block, merging: Merging | None, remaining: "_Countdown") -> None:
         """Merges a block (merging None: copies it) and writes it; the last one completes the step."""
         inputs = self._fetch(block)
         out: list[Raw] = []
         for a, b in self._grains(block):
-            raws, first = self._of_grain(inputs, block, a, b)
-            rows = merging(raws, first) if merging else raws[0]
+            grain = self._of_grain(inputs, block, a, b)
+            rows = merging(grain) if merging else grain[0][0]
             if merging and not self.formula.allow_nonfinite:
                 self._check_output(rows, a)
             self.output_digests[a] = grain_digest(rows)
@@ -164,7 +165,7 @@ class _Job:
         if remaining.last():
             self.writer.finished(self.step, self._digests())
 
-    def _of_grain(self, inputs: Sequence[Raw], block: Block, first: int, end: int) -> tuple[list[Raw], int]:
+    def _of_grain(self, inputs: Sequence[Raw], block: Block, first: int, end: int) -> Grain:
         """The rows of one grain of every input, and the number of its first element."""
         rows = [raw[first - block[0] : end - block[0]] for raw in inputs]
         return rows, first * self.step.cols
@@ -178,7 +179,7 @@ class _Job:
         buffers = held or _thread_buffers(self.step, end - first)
         for index, (operand, rows) in enumerate(zip(self.step.inputs, buffers, strict=True)):
             source = self.plan.models[operand.model].source
-            source.read(operand.tensor, first, end, memoryview(rows).cast("B"))
+            source.read(operand.tensor, first, end, rows.reshape(-1).view(np.uint8).data)
             if not self.was_read:
                 self._check_input(index, rows, first)
                 for a, b in self._grains(block):

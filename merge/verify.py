@@ -40,7 +40,7 @@ def verify(folder: Path, *, threads: int | None = None, progress: Callable[[int]
         raise VerifyError(str(error)) from None
     _check_strays(folder)
     expected: dict[str, Any] = {}
-    if provenance:
+    if provenance is not None:
         try:
             expected = provenance["outputs"]
             _check_tables(folder, source.tensors, expected)
@@ -50,7 +50,7 @@ def verify(folder: Path, *, threads: int | None = None, progress: Callable[[int]
 
     def check(item: tuple[str, TensorInfo]) -> None:
         name, info = item
-        _check_tensor(folder, name, info, expected.get(name, {}).get("digest"), bool(provenance))
+        _check_tensor(folder, name, info, expected.get(name, {}).get("digest"), provenance is not None)
         progress(info.nbytes)
 
     _each(check, source.tensors.items(), threads)
@@ -58,7 +58,7 @@ def verify(folder: Path, *, threads: int | None = None, progress: Callable[[int]
         "folder": str(folder),
         "tensors": len(source.tensors),
         "bytes": sum(info.nbytes for info in source.tensors.values()),
-        "digests": "all equal" if provenance else f"no {PROVENANCE}: headers and finite values checked only",
+        "digests": "all equal" if provenance is not None else f"no {PROVENANCE}: headers and finite values checked only",
     }
 
 
@@ -89,6 +89,9 @@ def _check_tables(folder: Path, found: Any, expected: dict[str, Any]) -> None:
 
 def _check_files(folder: Path, digests: dict[str, str]) -> None:
     """What lies around the tensors: headers and index, byte for byte."""
+    indexed = {INDEX} if (folder / INDEX).is_file() else set()
+    for file in sorted(digests.keys() ^ (indexed | set(weight_files(folder)))):
+        raise VerifyError(f"{folder}: {file} is in the folder or in {PROVENANCE}, but not in both")
     for file, digest in digests.items():
         try:
             with (folder / file).open("rb") as stream:
@@ -179,7 +182,7 @@ def _grains(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) ->
     grain = grain_rows(shape)
     row_bytes = cols * STORAGE[dtype].itemsize
     memory = np.empty(min(grain, max(1, rows)) * row_bytes, np.uint8)
-    for first in range(0, rows, grain) if rows else (0,):
+    for first in range(0, rows, grain):
         end = min(first + grain, rows)
         part = memory[: (end - first) * row_bytes]
         done = 0

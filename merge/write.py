@@ -127,7 +127,7 @@ class PartialFolder:
         """Puts consecutive rows of a step's tensor in their place."""
         file, start = self._places[step.name]
         position = start + first_row * (step.nbytes // max(1, step.rows))
-        buffers = [memoryview(part).cast("B") for part in rows if part.nbytes]
+        buffers = [part.reshape(-1).view("u1").data for part in rows if part.nbytes]
         with writing(self.model / file):
             while buffers:
                 done = os.pwritev(self._descriptors[file], buffers, position)

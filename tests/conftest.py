@@ -1,4 +1,4 @@
-"""What all tests share: a command that runs in this process, and limits that make examples repeatable."""
+"""What all tests share: a command that runs in this process, and repeatable examples."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

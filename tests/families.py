@@ -1,4 +1,4 @@
-"""Builders of tiny checkpoints: a base and fine-tunes of it, with every file that a real one has."""
+"""Builders of tiny checkpoints: a base and fine-tunes of it, with the files that real ones have."""
 
 import hashlib
 import json
@@ -10,7 +10,15 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+NUMPY = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "BOOL": "?",
+}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -47,7 +55,9 @@ def drawn(seed: int, like: Mapping[str, tuple[int, ...]] | None = None) -> dict[
     return {name: random.standard_normal(shape, dtype=np.float32) for name, shape in wanted.items()}
 
 
-def typed(values: Mapping[str, NDArray[Any]], dtype: str = "F32") -> dict[str, tuple[str, NDArray[Any]]]:
+def typed(
+    values: Mapping[str, NDArray[Any]], dtype: str = "F32"
+) -> dict[str, tuple[str, NDArray[Any]]]:
     return {name: (dtype, stored(value, dtype)) for name, value in values.items()}
 
 
@@ -64,7 +74,9 @@ def write_model(
     names = list(tensors)
     files = {}
     for i in range(shards):
-        file = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        file = (
+            "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        )
         part = names[i::shards]
         write_tensors(folder / file, {name: tensors[name] for name in part})
         files |= dict.fromkeys(part, file)
@@ -80,12 +92,16 @@ def write_model(
 
 
 def write_tensors(file: Path, tensors: Tensors) -> None:
-    """A safetensors file. Its writer is not ours, and the library has none for plain bfloat16 arrays."""
+    """A safetensors file, by a writer that is not ours; the library's takes no plain bfloat16."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, (dtype, array) in tensors.items():
         raw = array.tobytes()
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": array.shape,
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     write_raw(file, json.dumps(header).encode(), data)
 

@@ -45,7 +45,7 @@ def _status(recipe: Path, out: Path, changes: "_Changes", options: Mapping[str, 
 
 
 class _Changes:
-    """Counts changes of the disk in memory shared with the parent; kills its process at the `at`-th."""
+    """Counts changes of the disk, for the parent too; kills its process at the `at`-th."""
 
     def __init__(self, at: int | None) -> None:
         self._at, self._lock = at, threading.Lock()
@@ -102,6 +102,11 @@ def _announce(step: _Changes) -> None:
         step(lambda: [file.unlink() for file in sorted(Path(path).glob("*"))[:1] if file.is_file()])
         rmtree(path, **more)
 
-    os.pwritev, os.write, os.pwrite, os.posix_fallocate = half_pwritev, half_write, half_pwrite, half_allocate  # type: ignore[assignment]
+    os.pwritev, os.write, os.pwrite, os.posix_fallocate = (
+        half_pwritev,
+        half_write,
+        half_pwrite,
+        half_allocate,
+    )  # type: ignore[assignment]
     Path.rename, Path.write_text, Path.mkdir = no_rename, half_write_text, no_mkdir  # type: ignore[assignment, method-assign]
     shutil.copyfile, shutil.rmtree = half_copyfile, half_rmtree  # type: ignore[assignment]

@@ -13,11 +13,15 @@ from merge.pipeline import plan_recipe
 WORDS = ["<s>", "</s>", "ein", "zwei"]
 
 
-def pair(folder: Path, *, config: dict[str, Any] | None = None, words: list[str] | None = None) -> Path:
+def pair(
+    folder: Path, *, config: dict[str, Any] | None = None, words: list[str] | None = None
+) -> Path:
     """A recipe for two models that differ in the second one's config or vocabulary."""
     shared = {"eos_token_id": 1, "rope_theta": 10000.0}
     write_model(folder / "one", typed(drawn(1)), config=shared, vocabulary=WORDS)
-    write_model(folder / "two", typed(drawn(2)), config=shared | (config or {}), vocabulary=words or WORDS)
+    write_model(
+        folder / "two", typed(drawn(2)), config=shared | (config or {}), vocabulary=words or WORDS
+    )
     models = {"one": {"weight": 1.0}, "two": {"weight": 1.0}}
     return write_recipe(folder / "r.yaml", models=models, merge_method="linear")
 
@@ -34,7 +38,9 @@ def test_models_that_agree_get_no_note(tmp_path: Path) -> None:
         ([*WORDS, "drei"], "token 'drei' has id 4, not None"),
     ],
 )
-def test_another_vocabulary_is_refused_by_its_first_token(tmp_path: Path, words: list[str], part: str) -> None:
+def test_another_vocabulary_is_refused_by_its_first_token(
+    tmp_path: Path, words: list[str], part: str
+) -> None:
     with pytest.raises(PlanError, match="two: its tokenizer is not that of one") as caught:
         plan_recipe(pair(tmp_path, words=words))
     assert part in str(caught.value)
@@ -59,7 +65,9 @@ def test_added_tokens_belong_to_the_vocabulary(tmp_path: Path) -> None:
         plan_recipe(recipe)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"model": null}', '{"model": {"vocab": [1]}}', '{"added_tokens": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"model": null}', '{"model": {"vocab": [1]}}', '{"added_tokens": [{}]}']
+)
 def test_a_broken_tokenizer_file_is_a_source_error(tmp_path: Path, text: str) -> None:
     recipe = pair(tmp_path)
     (tmp_path / "two" / "tokenizer.json").write_text(text)
@@ -78,7 +86,9 @@ def test_a_broken_config_is_a_source_error(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("model_type", "qwen3"), ("num_attention_heads", 4), ("hidden_act", "gelu")]
 )
-def test_another_architecture_is_refused_by_the_key_that_tells(tmp_path: Path, key: str, value: Any) -> None:
+def test_another_architecture_is_refused_by_the_key_that_tells(
+    tmp_path: Path, key: str, value: Any
+) -> None:
     with pytest.raises(PlanError, match=rf"two: {key} is {value} in config\.json, but .* in one"):
         plan_recipe(pair(tmp_path, config={key: value}))
 

@@ -72,7 +72,10 @@ def test_an_extra_tensor_is_refused_or_dropped_with_a_note(tmp_path: Path) -> No
     family(tmp_path, "a")
     write_model(tmp_path / "deep", typed(drawn(1, shapes(layers=3))))
     message = refusal(linear(tmp_path, "base", "deep"))
-    assert "deep: has 3 tensors that base lacks, first 'model.layers.2.input_layernorm.weight'" in message
+    assert (
+        "deep: has 3 tensors that base lacks, first 'model.layers.2.input_layernorm.weight'"
+        in message
+    )
     assert "extra_tensors: drop" in message
     plan = plan_recipe(linear(tmp_path, "base", "deep", extra_tensors="drop"))
     assert {s.name for s in plan.steps} == set(shapes())
@@ -85,7 +88,9 @@ def test_a_missing_tensor_is_refused_or_counts_as_unchanged(tmp_path: Path) -> N
     models["short"] = write_model(tmp_path / "short", typed(kept))
     recipe = ties_recipe(tmp_path / "r.yaml", models)
     assert "short: lacks tensor 'model.layers.1." in refusal(recipe)
-    result = run_recipe(ties_recipe(tmp_path / "r.yaml", models, missing_tensors="base"), tmp_path / "out")
+    result = run_recipe(
+        ties_recipe(tmp_path / "r.yaml", models, missing_tensors="base"), tmp_path / "out"
+    )
     assert any("short: lacks tensors of base" in note for note in result.plan.notes)
     names = [n for n in shapes() if "layers.1" in n]
     assert all(step(result.plan, n).operands[1].model == 0 for n in names)
@@ -94,7 +99,9 @@ def test_a_missing_tensor_is_refused_or_counts_as_unchanged(tmp_path: Path) -> N
 def test_without_a_base_a_missing_tensor_stays_an_error(tmp_path: Path) -> None:
     family(tmp_path)
     write_model(tmp_path / "short", typed({n: v for n, v in drawn(3).items() if n != HEAD}))
-    assert f"lacks tensor '{HEAD}'" in refusal(linear(tmp_path, "base", "short", missing_tensors="base"))
+    assert f"lacks tensor '{HEAD}'" in refusal(
+        linear(tmp_path, "base", "short", missing_tensors="base")
+    )
 
 
 @pytest.fixture
@@ -126,7 +133,9 @@ def test_a_tied_model_lends_its_embedding_as_head(tied_and_untied: Path) -> None
 
 def test_config_and_tensors_must_agree_about_tying(tied_and_untied: Path) -> None:
     recipe = linear(tied_and_untied, "untied", "tied", base_model="untied", tokenizer_source="tied")
-    assert "tied: tie_word_embeddings is true in config.json, but false in untied" in refusal(recipe)
+    assert "tied: tie_word_embeddings is true in config.json, but false in untied" in refusal(
+        recipe
+    )
 
 
 def test_integer_buffers_are_copied_and_rotary_buffers_left_out_with_a_note(tmp_path: Path) -> None:
@@ -145,12 +154,15 @@ def test_integer_buffers_are_copied_and_rotary_buffers_left_out_with_a_note(tmp_
 
 
 @pytest.mark.parametrize("out", [None, "float32", "float16", "bfloat16"])
-def test_inputs_of_mixed_dtypes_merge_into_the_donors_or_the_wanted_one(tmp_path: Path, out: str | None) -> None:
+def test_inputs_of_mixed_dtypes_merge_into_the_donors_or_the_wanted_one(
+    tmp_path: Path, out: str | None
+) -> None:
     values = drawn(1)
     for dtype in ("F32", "F16", "BF16", "F64"):
         write_model(tmp_path / dtype, typed(values, dtype))
     result = run_recipe(
-        linear(tmp_path, "F16", "F32", "BF16", "F64", **({"out_dtype": out} if out else {})), tmp_path / "out"
+        linear(tmp_path, "F16", "F32", "BF16", "F64", **({"out_dtype": out} if out else {})),
+        tmp_path / "out",
     )
     wanted = {None: "F16", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[out]
     assert {s.dtype for s in result.plan.steps} == {wanted}
@@ -158,7 +170,9 @@ def test_inputs_of_mixed_dtypes_merge_into_the_donors_or_the_wanted_one(tmp_path
     mean = sum(stored(v, d).astype(np.float64) for v, d in kinds)
     wide = (stored(values[HEAD], "BF16").astype(np.uint32) << 16).view(np.float32)
     mean = (mean + wide) / 4
-    if wanted != "BF16":  # numpy has no bfloat16; the float32 sum of four is off by a few float32 units
+    if (
+        wanted != "BF16"
+    ):  # numpy has no bfloat16; the float32 sum of four is off by a few float32 units
         half_unit = 2.0**-11 if wanted == "F16" else 2.0**-22
         np.testing.assert_allclose(tensors(result.folder)[HEAD], mean, rtol=half_unit, atol=1e-6)
 
@@ -179,7 +193,9 @@ def test_tensors_of_narrow_dtypes_do_not_shift_wide_ones(tmp_path: Path) -> None
         assert opened.get_tensor("d.position").tolist() == [0, 1, 2]
         assert opened.get_tensor("b.scale").dtype == torch.bfloat16
         assert opened.get_tensor("a.mask").tolist() == [True, False, True]
-        places = {n: opened.get_tensor(n).data_ptr() % opened.get_tensor(n).element_size() for n in values}
+        places = {
+            n: opened.get_tensor(n).data_ptr() % opened.get_tensor(n).element_size() for n in values
+        }
     assert set(places.values()) == {0}
 
 
@@ -187,14 +203,20 @@ def test_how_inputs_are_split_into_files_does_not_show(tmp_path: Path) -> None:
     written = []
     for shards in (1, 2, 5):
         models = family(tmp_path / str(shards), "a", "b", shards=shards)
-        run_recipe(ties_recipe(tmp_path / str(shards) / "r.yaml", models), tmp_path / f"out{shards}")
+        run_recipe(
+            ties_recipe(tmp_path / str(shards) / "r.yaml", models), tmp_path / f"out{shards}"
+        )
         written.append(contents(tmp_path / f"out{shards}")["model.safetensors"])
     assert len(set(written)) == 1
 
 
 def test_empty_and_scalar_tensors_are_merged(tmp_path: Path) -> None:
     for name, value in (("base", 1.0), ("a", 3.0)):
-        values = {"scalar": np.array(value, "<f4"), "none": np.ones((0, 4), "<f4"), "flat": np.ones((4, 0), "<f4")}
+        values = {
+            "scalar": np.array(value, "<f4"),
+            "none": np.ones((0, 4), "<f4"),
+            "flat": np.ones((4, 0), "<f4"),
+        }
         write_model(tmp_path / name, typed(values))
     run_recipe(linear(tmp_path, "base", "a"), tmp_path / "out")
     written = tensors(tmp_path / "out")
@@ -217,8 +239,14 @@ def test_gradients_and_filters_resolve_to_one_value_per_tensor_and_model(tmp_pat
     plan = plan_recipe(write_recipe(tmp_path / "r.yaml", models=models, merge_method="linear"))
     for layer in range(5):
         own = 1 + layer / 2
-        assert step(plan, f"model.layers.{layer}.mlp.up_proj.weight").parameters["weight"] == [own, layer / 4]
-        assert step(plan, f"model.layers.{layer}.self_attn.q_proj.weight").parameters["weight"] == [own, 2.0]
+        assert step(plan, f"model.layers.{layer}.mlp.up_proj.weight").parameters["weight"] == [
+            own,
+            layer / 4,
+        ]
+        assert step(plan, f"model.layers.{layer}.self_attn.q_proj.weight").parameters["weight"] == [
+            own,
+            2.0,
+        ]
     assert step(plan, EMBEDDING).parameters["weight"] == [1.0, 2.0]
     assert step(plan, "model.norm.weight").parameters["weight"] == [3.0, 2.0]
 
@@ -253,7 +281,9 @@ def test_the_smallest_memory_cap_that_is_named_does(tmp_path: Path, method: str)
         recipe = ties_recipe(tmp_path / "r.yaml", models)
     else:
         recipe = linear(tmp_path, "base", "a", "b")
-    with pytest.raises(PlanError, match=r"--memory 1MiB is too small .* (\d+)MiB is the least") as caught:
+    with pytest.raises(
+        PlanError, match=r"--memory 1MiB is too small .* (\d+)MiB is the least"
+    ) as caught:
         run_recipe(recipe, tmp_path / "out", memory="1MiB")
     assert not list(tmp_path.glob("out*"))
     least = int(re.findall(r"(\d+)MiB", str(caught.value))[-1])
@@ -269,7 +299,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = ties_recipe(tmp_path / "r.yaml", family(tmp_path, "a"))
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - as shutil has it
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     message = refusal(recipe)
     assert "the merge takes 0.00 MB" in message

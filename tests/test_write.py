@@ -1,4 +1,4 @@
-"""The written folder: a checkpoint that loads, the same bytes always, and nothing that only looks whole."""
+"""The written folder: it loads, its bytes are always the same, and no part of it looks whole."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from conftest import Ran
 from families import contents, drawn, family, shapes, ties_recipe, typed, write_model, write_recipe
 from safetensors import safe_open
 
-from merge.errors import NonFiniteError, OutputError, WriteError
+from merge.errors import NonFiniteError, OutputError
 from merge.pipeline import plan_recipe, run_recipe
 from merge.verify import verify, verify_loading
 from merge.write import HEADER_ALIGNMENT, PartialFolder, layout
@@ -44,16 +44,28 @@ def looks_whole(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a real tokenizer, and two fine-tunes of it, saved by transformers."""
+    """A tiny random Llama with a real tokenizer, and two fine-tunes, saved by transformers."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     folder = tmp_path_factory.mktemp("llamas")
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     words = {"<s>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, 64)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -71,14 +83,18 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         fast.save_pretrained(folder / name)
     ties_recipe(folder / "single.yaml", {n: folder / n for n in ("base", "a", "b")})
-    ties_recipe(folder / "sharded.yaml", {n: folder / n for n in ("base", "a", "b")}, shard_size="20KB")
+    ties_recipe(
+        folder / "sharded.yaml", {n: folder / n for n in ("base", "a", "b")}, shard_size="20KB"
+    )
     run_recipe(folder / "single.yaml", folder / "single")
     run_recipe(folder / "sharded.yaml", folder / "sharded")
     return folder
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
-def test_transformers_loads_it_without_a_missing_tensor_and_generates(llamas: Path, kind: str) -> None:
+def test_transformers_loads_it_without_a_missing_tensor_and_generates(
+    llamas: Path, kind: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = llamas / kind
@@ -97,7 +113,9 @@ def test_what_transformers_loads_are_the_stored_bits(llamas: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = [AutoModelForCausalLM.from_pretrained(llamas / k).state_dict() for k in ("single", "sharded")]
+    loaded = [
+        AutoModelForCausalLM.from_pretrained(llamas / k).state_dict() for k in ("single", "sharded")
+    ]
     with safe_open(llamas / "single" / "model.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
         for name in opened.keys():  # noqa: SIM118 - not a mapping
@@ -108,7 +126,13 @@ def test_what_transformers_loads_are_the_stored_bits(llamas: Path) -> None:
 def test_config_and_tokenizer_are_the_donors_to_the_byte(llamas: Path) -> None:
     donor, written = contents(llamas / "base"), contents(llamas / "single")
     carried = {name: digest for name, digest in donor.items() if name != "model.safetensors"}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= carried.keys()
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    } <= carried.keys()
     assert {name: written.get(name) for name in carried} == carried
 
 
@@ -136,16 +160,38 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(recipe: Path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp"])
 def test_threads_memory_and_repetition_do_not_show_in_any_file(tmp_path: Path, method: str) -> None:
-    like = {"model.layers.0.mlp.weight": (900, 1100), "model.norm.weight": (300_000,), "lm_head.weight": (7, 3)}
+    like = {
+        "model.layers.0.mlp.weight": (900, 1100),
+        "model.norm.weight": (300_000,),
+        "lm_head.weight": (7, 3),
+    }
     models = family(tmp_path, "a", "b", like=like)
     names = ["a"] if method == "slerp" else ["a", "b"]
-    shared = {"slerp": {"t": 0.3}, "linear": {"weight": 0.5}}.get(method, {"weight": 0.5, "density": 0.4})
+    shared = {"slerp": {"t": 0.3}, "linear": {"weight": 0.5}}.get(
+        method, {"weight": 0.5, "density": 0.4}
+    )
     base = {} if method == "linear" else {"base_model": "base"}
     recipe = write_recipe(
-        tmp_path / "r.yaml", models=dict.fromkeys(names, {}), merge_method=method, parameters=shared, shard_size="2MB", **base
+        tmp_path / "r.yaml",
+        models={name: {} for name in names},
+        merge_method=method,
+        parameters=shared,
+        shard_size="2MB",
+        **base,
     )
-    runs = [{}, {}, {"threads": 1}, {"threads": 3}, {"memory": "180MiB", "threads": 2}, {"memory": "170MiB"}, {"memory": "4GiB"}]
-    written = [contents(run_recipe(recipe, tmp_path / f"out{i}", **options).folder) for i, options in enumerate(runs)]
+    runs = [
+        {},
+        {},
+        {"threads": 1},
+        {"threads": 3},
+        {"memory": "180MiB", "threads": 2},
+        {"memory": "170MiB"},
+        {"memory": "4GiB"},
+    ]
+    written = [
+        contents(run_recipe(recipe, tmp_path / f"out{i}", **options).folder)
+        for i, options in enumerate(runs)
+    ]
     assert all(files == written[0] for files in written)
     assert len(models) == 3
 
@@ -198,7 +244,9 @@ def test_a_foreign_folder_is_refused_and_not_touched(recipe: Path) -> None:
     assert "diary.txt" not in contents(out)
 
 
-def test_the_old_output_stays_until_the_new_one_is_whole(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_output_stays_until_the_new_one_is_whole(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = run_recipe(recipe, recipe.parent / "out").folder
     before = contents(out)
     ties_recipe(recipe, {n: recipe.parent / n for n in ("base", "a")})
@@ -252,7 +300,9 @@ def test_a_value_that_is_not_finite_is_named_with_its_place(tmp_path: Path, valu
     with pytest.raises(NonFiniteError) as caught:
         run_recipe(recipe, tmp_path / "out")
     assert caught.value.exit_code == 1
-    assert f"b: tensor 'model.layers.1.mlp.up_proj.weight' holds {value} at [9, 4]" in str(caught.value)
+    assert f"b: tensor 'model.layers.1.mlp.up_proj.weight' holds {value} at [9, 4]" in str(
+        caught.value
+    )
     assert not (tmp_path / "out").exists()
     assert not looks_whole(tmp_path / "out.partial")
     models = {n: tmp_path / n for n in ("base", "a", "b")}
@@ -264,14 +314,21 @@ def test_an_overflow_of_a_narrow_output_is_named_with_its_place(tmp_path: Path) 
     values["lm_head.weight"][3, 2] = 70_000
     write_model(tmp_path / "big", typed(values))
     recipe = write_recipe(
-        tmp_path / "r.yaml", models={"big": {"weight": 1.0}}, merge_method="linear", out_dtype="float16"
+        tmp_path / "r.yaml",
+        models={"big": {"weight": 1.0}},
+        merge_method="linear",
+        out_dtype="float16",
     )
-    with pytest.raises(NonFiniteError, match=r"'lm_head\.weight' overflows F16 at \[3, 2\].*out_dtype"):
+    with pytest.raises(
+        NonFiniteError, match=r"'lm_head\.weight' overflows F16 at \[3, 2\].*out_dtype"
+    ):
         run_recipe(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_input_is_refused_before_anything_is_written(recipe: Path, command: Callable[..., Ran]) -> None:
+def test_a_truncated_input_is_refused_before_anything_is_written(
+    recipe: Path, command: Callable[..., Ran]
+) -> None:
     file = recipe.parent / "b" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     ran = command("run", recipe, "-o", "out")
@@ -281,7 +338,9 @@ def test_a_truncated_input_is_refused_before_anything_is_written(recipe: Path, c
     assert not list(recipe.parent.glob("out*"))
 
 
-def test_an_input_cut_off_during_the_run_is_named(recipe: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ran]) -> None:
+def test_an_input_cut_off_during_the_run_is_named(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ran]
+) -> None:
     enter = PartialFolder.__enter__
 
     def meanwhile(self: PartialFolder) -> PartialFolder:
@@ -316,7 +375,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_after(
     assert "the disk is full; free some room and run the same command" in ran.error
     assert not (recipe.parent / "out").exists()
     assert command("run", recipe, "-o", "out").code == 0
-    assert contents(recipe.parent / "out") == contents(run_recipe(recipe, recipe.parent / "whole").folder)
+    assert contents(recipe.parent / "out") == contents(
+        run_recipe(recipe, recipe.parent / "whole").folder
+    )
 
 
 @pytest.fixture
@@ -324,7 +385,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
     yield place
@@ -334,14 +400,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_meanwhile_is_one_line_and_the_run_goes_on_after(
     tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ran]
 ) -> None:
-    recipe = ties_recipe(tmp_path / "r.yaml", family(tmp_path, "a", like={"w": (300, 500), "v": (100, 200)}))
+    recipe = ties_recipe(
+        tmp_path / "r.yaml", family(tmp_path, "a", like={"w": (300, 500), "v": (100, 200)})
+    )
     (small_disk / "ballast").write_bytes(bytes(600_000))
     ran = command("run", recipe, "-o", small_disk / "out")
     assert ran.code == 2
     assert "0.68 MB and the disk has" in ran.error
     assert not list(small_disk.glob("out*"))
     with monkeypatch.context() as patch:
-        patch.setattr("merge.pipeline.check_disk", lambda *_: None)  # as if there had been room a moment ago
+        patch.setattr(
+            "merge.pipeline.check_disk", lambda *_: None
+        )  # as if there had been room a moment ago
         ran = command("run", recipe, "-o", small_disk / "out")
     assert ran.code == 1
     assert "the disk is full" in ran.error
@@ -356,9 +426,13 @@ def test_a_limit_on_file_sizes_is_one_line(recipe: Path) -> None:
 
     ran = subprocess.run(
         [sys.executable, "-m", "merge.cli", "run", str(recipe), "-o", "out"],
-        cwd=recipe.parent, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-        preexec_fn=limited, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=recipe.parent,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 1
     assert len(ran.stderr.splitlines()) == 1
     assert "cannot be written" in ran.stderr

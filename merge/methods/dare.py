@@ -61,7 +61,7 @@ def dare_linear(
     return weighted_sum(kept, scaled_weights(weight, normalize, lambda_))
 
 
-@method(space="delta", base="required", workspace=8, mergekit=MERGEKIT, paper="arXiv:2311.03099")
+@method(space="delta", base="required", workspace=6, mergekit=MERGEKIT, paper="arXiv:2311.03099")
 def dare_ties(
     x: Models,
     random: Random,

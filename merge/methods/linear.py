@@ -17,7 +17,9 @@ def weighted_sum(x: Models, weights: Sequence[float]) -> Array:
 
 
 def _sums_to_zero(*, weight: list[float], normalize: bool, **_: Any) -> str | None:
-    if normalize and abs(math.fsum(weight)) < 1e-6 * max(map(abs, weight)) or not any(weight):
+    if not any(weight):
+        return "all weights are 0; give at least one model a weight"
+    if normalize and abs(math.fsum(weight)) < 1e-6 * max(map(abs, weight)):
         return "the weights sum to 0 and cannot be normalized; change them or set normalize: false"
     return None
 

@@ -86,7 +86,7 @@ MERGEKIT = {"weights_in_election": True, "signed_divisor": True}
 
 
 @method(
-    space="delta", base="required", passes=2, workspace=8, statistics=magnitude_thresholds,
+    space="delta", base="required", passes=2, workspace=5, statistics=magnitude_thresholds,
     mergekit=MERGEKIT, paper="arXiv:2306.01708",
 )  # fmt: skip
 def ties(

@@ -41,7 +41,10 @@ def changed(**entries: Any) -> dict[str, Any]:
         (changed(b={"data_offsets": [1 << 40, (1 << 40) + 3]}), "belong to none"),
         (changed(b={"data_offsets": [8, 11]}), "overlap"),
         (changed(b={"shape": [20], "data_offsets": [16, 36]}), "cut off"),
-        (changed(b={"shape": [2], "data_offsets": [16, 18]}), "1 bytes at its end belong to no tensor"),
+        (
+            changed(b={"shape": [2], "data_offsets": [16, 18]}),
+            "1 bytes at its end belong to no tensor",
+        ),
         (changed(b={"shape": [2], "data_offsets": [17, 19]}), "belong to none"),
         (changed(a={"shape": [-2, -2]}), "whole numbers"),
         (changed(a={"shape": [2.0, 2]}), "whole numbers"),
@@ -60,7 +63,7 @@ def changed(**entries: Any) -> dict[str, Any]:
         ([], "list"),
         (None, "NoneType"),
     ],
-)  # fmt: skip
+)
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, part: str) -> None:
     write_raw(tmp_path / "model.safetensors", json.dumps(header).encode(), bytes(19))
     message = refusal(tmp_path)
@@ -71,14 +74,20 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, part: str) -
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"1234567", (1 << 63).to_bytes(8, "little") + b"{}", (100).to_bytes(8, "little") + b"{}",
-        (2).to_bytes(8, "little") + b"\xff\xfe", (9).to_bytes(8, "little") + b"not json!", (0).to_bytes(8, "little"),
-        (50_000).to_bytes(8, "little") + b"[" * 50_000, (12).to_bytes(8, "little") + b"9" * 12,
+        b"",
+        b"1234567",
+        (1 << 63).to_bytes(8, "little") + b"{}",
+        (100).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"\xff\xfe",
+        (9).to_bytes(8, "little") + b"not json!",
+        (0).to_bytes(8, "little"),
+        (50_000).to_bytes(8, "little") + b"[" * 50_000,
+        (12).to_bytes(8, "little") + b"9" * 12,
         (25).to_bytes(8, "little") + b'{"__metadata__":{},"a":1}',
         (14).to_bytes(8, "little") + b'{"a":1, "a":1}',
         (6004).to_bytes(8, "little") + b'{"a"' + b":" + b"1" * 5998 + b"}",
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     assert "model.safetensors" in refusal(tmp_path)
@@ -107,12 +116,21 @@ def index(folder: Path, weight_map: Any) -> None:
         ({"a": "\ud800"}, "is not in this folder"),
         ({"a": ""}, "model"),
         ({"a": "gone.safetensors"}, "gone.safetensors: missing, though the index names it"),
-        ({"a": "one.safetensors", "c": "one.safetensors"}, "says that 'c' is in one.safetensors, but it is in no file"),
+        (
+            {"a": "one.safetensors", "c": "one.safetensors"},
+            "says that 'c' is in one.safetensors, but it is in no file",
+        ),
         ({"a": "two.safetensors"}, "says that 'a' is in two.safetensors, but it is in no file"),
-        ({"a": "one.safetensors", "b": "three.safetensors"}, "tensor 'a' is in one.safetensors and in three.safetensors"),
-        ({}, "names no tensors"), ([], "not a shard index"), (None, "not a shard index"), ({"a": 5}, "5"),
+        (
+            {"a": "one.safetensors", "b": "three.safetensors"},
+            "tensor 'a' is in one.safetensors and in three.safetensors",
+        ),
+        ({}, "names no tensors"),
+        ([], "not a shard index"),
+        (None, "not a shard index"),
+        ({"a": 5}, "5"),
     ],
-)  # fmt: skip
+)
 def test_an_index_that_lies_is_refused(tmp_path: Path, weight_map: Any, part: str) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -172,9 +190,15 @@ def test_a_file_that_shrinks_after_opening_is_a_read_error(tmp_path: Path) -> No
 # -- laws over drawn headers -----------------------------------------------------------------------
 
 VALUES = (
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.integers(0, 40) | st.floats()
-    | st.sampled_from(["F32", "BF16", "BOOL", "F8_E5M2", ""]) | st.text(max_size=4) | st.lists(st.integers(-2, 20), max_size=4)
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.integers(0, 40)
+    | st.floats()
+    | st.sampled_from(["F32", "BF16", "BOOL", "F8_E5M2", ""])
+    | st.text(max_size=4)
+    | st.lists(st.integers(-2, 20), max_size=4)
+)
 
 
 @st.composite
@@ -197,8 +221,9 @@ def test_any_header_gives_tensors_inside_the_file_or_a_source_error(text: bytes,
     size = 8 + len(text) + data
     try:
         tensors = parse_header("file", size, text)
-    except SourceError as error:
-        assert len(str(error).splitlines()) == 1
+    except SourceError:
+        with pytest.raises(SourceError, match=r"\Afile: [^\n]+\Z"):
+            parse_header("file", size, text)
         return
     for info in tensors.values():
         assert 8 + len(text) <= info.offset <= info.offset + info.nbytes <= size

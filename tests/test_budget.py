@@ -1,0 +1,78 @@
+"""What a plan projects is what a run keeps to."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import stored, write_model
+from methods.cases import CASES, NAME, Case, needs_base, write_case
+from numpy.typing import NDArray
+
+from merge.budget import make_budget
+from merge.errors import PlanError
+from merge.pipeline import plan_recipe
+
+RUN = """
+import sys
+from pathlib import Path
+from merge.pipeline import run_recipe
+recipe, memory, fuse = sys.argv[1:]
+result = run_recipe(recipe, Path(recipe).parent / "out", memory=memory, fuse=fuse == "fused")
+status = Path("/proc/self/status").read_text()  # getrusage would tell the peak of the test's process
+print(result.budget.peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
+"""
+SHAPE = (4096, 4096)  # 32 MiB in bfloat16: held inputs, blocks and arrays all count
+ONE_EACH = list({case.method: case for case in CASES}.values())
+
+
+@pytest.fixture(scope="module")
+def values() -> list[NDArray[np.uint16]]:
+    random = np.random.default_rng(0)
+    return [stored(random.standard_normal(SHAPE, dtype=np.float32), "BF16") for _ in range(4)]
+
+
+def recipe_of(folder: Path, case: Case, values: list[NDArray[np.uint16]]) -> Path:
+    recipe = write_case(folder, case, [], {}, "F32")
+    names = [f"m{i}" for i in range(case.models)] + (["base"] if needs_base(case) else [])
+    for name, value in zip(names, values, strict=False):
+        write_model(folder / name, {NAME: ("BF16", value)})
+    return recipe
+
+
+@pytest.mark.parametrize("case", ONE_EACH, ids=lambda c: c.method)
+@pytest.mark.parametrize(("memory", "fuse"), [("2GiB", "numpy"), ("512MiB", "fused"), ("300MiB", "numpy")])
+def test_measured_peak_is_below_the_projected_one(
+    case: Case, memory: str, fuse: str, values: list[NDArray[np.uint16]], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, case, values)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(recipe), memory, fuse], capture_output=True, text=True, check=True
+    )
+    projected, measured = map(int, done.stdout.split())
+    assert measured <= projected
+
+
+def test_the_smallest_cap_named_is_the_smallest_that_works(
+    values: list[NDArray[np.uint16]], tmp_path: Path
+) -> None:
+    plan = plan_recipe(recipe_of(tmp_path, ONE_EACH[-1], values))
+    with pytest.raises(PlanError, match=r"--memory 8MiB is too small for this merge; \d+MiB") as error:
+        make_budget(plan, "8MiB")
+    least = int(str(error.value).split("; ")[1].split("MiB")[0])
+    assert make_budget(plan, f"{least}MiB").peak <= least << 20
+    with pytest.raises(PlanError):
+        make_budget(plan, f"{least - 1}MiB")
+
+
+def test_peak_never_exceeds_the_cap_and_more_memory_never_slows(
+    values: list[NDArray[np.uint16]], tmp_path: Path
+) -> None:
+    plan = plan_recipe(recipe_of(tmp_path, next(c for c in CASES if c.method == "ties"), values))
+    before = 0
+    for memory in (256, 300, 400, 600, 1000, 4000):
+        budget = make_budget(plan, f"{memory}MiB", threads=2)
+        assert budget.peak <= memory << 20
+        assert budget.threads * max(budget.block, 1) + budget.hold >= before
+        before = budget.threads * max(budget.block, 1) + budget.hold
