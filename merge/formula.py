@@ -5,6 +5,7 @@ work waits. The first grain that a compiled loop meets is also computed by numpy
 the loop is not used.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def _counted(values: Any) -> Any:
 _REDUCED: dict[str, Callable[[Any], Any]] = {"store": lambda v: v, "sum": _lanes, "count": _counted}
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _checking = threading.Lock()
+_log = logging.getLogger("mergetool")
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,21 @@ class _GrainFunction:
             return self._added(self.by_numpy(grain), total)
         if self.loop.source not in _trusted:
             with _checking:
-                expected, found = self.by_numpy(grain), self.by_loop(grain)
-                same = all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
-                _trusted[self.loop.source] = same
+                expected = self.by_numpy(grain)
+                _trusted[self.loop.source] = self._agrees(grain, expected)
             return self._added(expected, total)
         return self.by_loop(grain, total)
+
+    def _agrees(self, grain: Grain, expected: list[Any]) -> bool:
+        try:
+            found = self.by_loop(grain)
+        except UntraceableError as error:
+            _log.warning("merging without compiled loops: %s", str(error).splitlines()[0])
+            return False
+        if all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True)):
+            return True
+        _log.warning("a compiled loop gives other bits than numpy on this machine; it is not used")
+        return False
 
     def by_numpy(self, grain: Grain) -> list[Any]:
         raws, first = grain

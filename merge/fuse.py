@@ -140,10 +140,16 @@ class Loop:
     outputs: tuple[np.dtype[Any], ...]
 
     def run(self, first: int, inputs: Sequence[NDArray[Any]], out: Sequence[NDArray[Any]]) -> None:
-        """One pass over `inputs` (flat, equally long); `first`: number of their first element."""
+        """One pass over `inputs` (flat, equally long); `first`: number of their first element.
+
+        Raises UntraceableError where it cannot be compiled here.
+        """
         compiled = _compiled(self.source)
         low, high = np.uint32(first & 0xFFFFFFFF), np.uint32(first >> 32)
-        compiled(inputs[0].size, low, high, *self.numbers, *inputs, *out)
+        try:
+            compiled(inputs[0].size, low, high, *self.numbers, *inputs, *out)
+        except _compiler_errors() as error:
+            raise UntraceableError(f"numba cannot compile the loop: {error}") from error
 
 
 def traced(function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any]], kind: str) -> Loop:
@@ -232,7 +238,10 @@ def _compiled(source: str) -> Any:
         return found
     with _compiling:
         if source not in _loops:
-            _loops[source] = _compile(source)
+            try:
+                _loops[source] = _compile(source)
+            except (ImportError, OSError) as error:
+                raise UntraceableError(f"numba does not work here: {error}") from error
     return _loops[source]
 
 
@@ -255,6 +264,12 @@ def _compile(source: str) -> Any:
     sys.modules[file.stem] = module  # numba finds the loop again by this name
     spec.loader.exec_module(module)
     return numba.njit(cache=True, **options)(module.loop)
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    from numba.core.errors import NumbaError
+
+    return (NumbaError,)
 
 
 def _cached_source(source: str) -> Path | None:

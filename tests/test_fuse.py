@@ -102,3 +102,19 @@ def test_numbers_are_arguments_of_one_loop() -> None:
 def test_what_is_not_element_wise_is_refused(function: Callable[[Any], Any]) -> None:
     with pytest.raises((UntraceableError, TypeError)):
         traced(lambda x, index, high: [function(x[0])], [A.dtype], "store")
+
+
+def test_a_loop_that_disagrees_with_numpy_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    wrong = traced(lambda x, index, high: [x[0] * 3.0], [A.dtype], "store")
+    function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", wrong)
+    for _ in range(2):
+        assert np.array_equal(function(([A[1:]], 0))[0], A[1:] * 2.0)
+    assert "other bits" in caplog.text
+
+
+def test_a_loop_that_does_not_compile_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    broken = traced(lambda x, index, high: [x[0] * 5.0], [A.dtype], "store")
+    broken = Loop(broken.source.replace("* f4_0", "* no_such_name"), broken.numbers, broken.outputs)
+    function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", broken)
+    assert np.array_equal(function(([A[1:]], 0))[0], A[1:] * 2.0)
+    assert "without compiled loops" in caplog.text
