@@ -2,7 +2,7 @@
 
     recipe  ->  plan  ->  stream  ->  write  ->  verify  ->  score
 
-    from merge import plan_recipe, run_recipe, verify, score_models
+    from merge import plan_recipe, run_recipe, verify_folder, score_models
     result = run_recipe("recipe.yaml", output=Path("out/merged"), memory="512MiB")
 """
 
@@ -13,7 +13,7 @@ _HOMES = {
     "load_recipe": "merge.recipe",
     "plan_recipe": "merge.pipeline",
     "run_recipe": "merge.pipeline",
-    "verify": "merge.verify",
+    "verify_folder": "merge.verify",
     "score_models": "merge.score",
     "MergetoolError": "merge.errors",
 }

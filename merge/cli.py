@@ -195,11 +195,11 @@ def verify_command(folder: Path, load: bool, as_json: bool) -> None:
 
     Example: mergetool verify out/merged --load
     """
-    from merge.verify import verify, verify_loading
+    from merge.verify import verify_folder, verify_loading
 
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     with _progress("verify", size) as count:
-        facts = verify(folder, progress=count)
+        facts = verify_folder(folder, progress=count)
     if load:
         facts |= verify_loading(folder)
     if as_json:

@@ -18,7 +18,7 @@ from merge.plan import Operand, Plan, make_plan, model_labels, output_folder
 from merge.recipe import Recipe, load_recipe
 from merge.sources.model import Model, locate, open_model, read_json
 from merge.stream import StepDigests, run
-from merge.verify import PROVENANCE, provenance_of, stored_digest, verify
+from merge.verify import PROVENANCE, provenance_of, stored_digest, verify_folder
 from merge.write import PartialFolder, check_own, input_stamps, partial_of
 
 
@@ -113,16 +113,19 @@ def run_recipe(
 def _verified(folder: Path, budget: Budget, progress: Progress) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress("verify", size) as count:
-        return verify(folder, threads=budget.threads, progress=count)
+        return verify_folder(folder, threads=budget.threads, progress=count)
 
 
 def _usable(folder: Path, plan: Plan) -> Path:
     """`folder`, links followed; raises OutputError where no output can go."""
     if folder.is_symlink() or folder.name in ("", ".."):
         folder = folder.resolve()
-    whole = folder.resolve()
-    if not whole.name:
-        raise OutputError(f"{folder}: is no place for a model; choose another output")
+    try:
+        whole = folder.resolve()
+        partial_of(whole).exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or none
+        reason = getattr(error, "strerror", None) or "has no name"
+        raise OutputError(f"{folder}: is no place for a model ({reason}); choose another output") from None
     for part in (whole, *whole.parents):
         if part.exists() and not part.is_dir():
             raise OutputError(f"{part}: is a file; choose another output")
@@ -181,7 +184,11 @@ def check_disk(plan: Plan, folder: Path) -> None:
 
 
 def shown_bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e6:.2f} MB"
+    """`size` in the unit that suits it."""
+    for unit, divisor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= divisor // 10:
+            return f"{size / divisor:.2f} {unit}"
+    return f"{size} bytes"
 
 
 def free_bytes(folder: Path) -> int:

@@ -26,7 +26,7 @@ PROVENANCE = "mergetool.json"
 READ_ROWS = 4  # grains read at once
 
 
-def verify(folder: Path, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+def verify_folder(folder: Path, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
     """What was verified, as a table; raises VerifyError at the first thing that is wrong.
 
     With a provenance file every tensor's shape, dtype and digest is compared with it; without one
@@ -128,14 +128,15 @@ def verify_loading(folder: Path) -> dict[str, Any]:
     """
     import transformers
 
-    config = read_json(folder / "config.json")
-    named = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+    names = read_json(folder / "config.json").get("architectures")
+    named = [getattr(transformers, str(n), None) for n in (names if isinstance(names, list) else ())]
     loaders = [transformers.AutoModelForCausalLM, *filter(None, named), transformers.AutoModel]
     told = transformers.logging.get_verbosity()
     bar = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        _check_size(folder)
         model, found = _loaded(folder, loaders)
     finally:
         transformers.logging.set_verbosity(told)
@@ -151,6 +152,29 @@ def verify_loading(folder: Path) -> dict[str, Any]:
     return {"loads_as": type(model).__name__}
 
 
+def _check_size(folder: Path) -> None:
+    """Raises VerifyError where config.json describes a far larger model, which would fill the memory."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):  # shapes alone
+            body = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise VerifyError(f"{folder}: cannot be loaded with transformers: {_reason(error)}") from None
+    described = sum(parameter.numel() for parameter in body.parameters())
+    stored = sum(info.rows * info.cols for info in open_safetensors(folder).tensors.values())
+    if described > 2 * stored:
+        raise VerifyError(
+            f"{folder}: config.json describes {described} parameters, but the files hold {stored}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
     """(model, loading info) by the first loader that knows this kind of model."""
     reason = ""
@@ -164,7 +188,7 @@ def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
                 trust_remote_code=False,
             )
         except Exception as error:  # whatever a modelling file of transformers raises
-            reason = reason or " ".join(str(error).split())[:300] or type(error).__name__
+            reason = reason or _reason(error)
     raise VerifyError(f"{folder}: cannot be loaded with transformers: {reason}")
 
 

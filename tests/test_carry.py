@@ -9,7 +9,7 @@ import yaml
 from families import contents, drawn, family, shapes, ties_recipe, typed, write_model, write_recipe
 
 from merge.pipeline import plan_recipe, run_recipe
-from merge.verify import verify
+from merge.verify import verify_folder
 
 CARRIED = {
     "generation_config.json": b'{"eos_token_id": 1}',
@@ -171,5 +171,5 @@ def test_a_merge_of_merges_carries_no_old_provenance(tmp_path: Path) -> None:
     )
     second = run_recipe(recipe, tmp_path / "second").folder
     assert first != second
-    verify(second)
+    verify_folder(second)
     assert json.loads((second / "mergetool.json").read_text())["recipe"]["merge_method"] == "linear"

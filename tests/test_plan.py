@@ -302,7 +302,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     message = refusal(recipe)
-    assert "the merge takes 0.00 MB" in message
+    assert "the merge takes 2.66 kB and the disk has 1.00 kB free" in message
     assert "choose another output" in message
 
 
@@ -353,6 +353,13 @@ def test_an_output_that_would_bury_an_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="choose another output"):
             run_recipe(recipe, output, overwrite=True)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("output", ["/", "x" * 250])
+def test_a_place_without_room_for_a_name_is_refused(tmp_path: Path, output: str) -> None:
+    recipe = ties_recipe(tmp_path / "r.yaml", family(tmp_path, "a"))
+    with pytest.raises(OutputError, match="no place for a model"):
+        run_recipe(recipe, tmp_path / output)
 
 
 def test_an_output_is_needed(tmp_path: Path) -> None:

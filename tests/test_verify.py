@@ -14,7 +14,7 @@ from families import drawn, family, ties_recipe, typed, write_model, write_tenso
 from merge.errors import VerifyError
 from merge.pipeline import run_recipe
 from merge.sources.safetensors import open_safetensors
-from merge.verify import verify, verify_loading
+from merge.verify import verify_folder, verify_loading
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,14 @@ def out(request: pytest.FixtureRequest, finished: dict[int, Path], tmp_path: Pat
 
 def found(folder: Path) -> str:
     with pytest.raises(VerifyError) as caught:
-        verify(folder)
+        verify_folder(folder)
     assert len(str(caught.value).splitlines()) == 1
     assert caught.value.exit_code == 1
     return str(caught.value)
 
 
 def test_an_untouched_output_passes(out: Path) -> None:
-    facts = verify(out)
+    facts = verify_folder(out)
     assert facts["digests"] == "all equal"
     assert facts["tensors"] == len(drawn(0))
     assert facts["bytes"] == sum(value.nbytes for value in drawn(0).values())
@@ -63,7 +63,7 @@ def test_a_flipped_bit_anywhere_in_a_weight_file_is_found(out: Path) -> None:
             file.write_bytes(content)
             found(out)
         file.write_bytes(whole)
-    verify(out)
+    verify_folder(out)
 
 
 def test_a_weight_file_of_another_length_is_found(out: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_foreign_model_is_searched_for_values_that_are_not_finite(
 ) -> None:
     values = drawn(1)
     model = write_model(tmp_path / "m", typed(values, dtype))
-    assert verify(model)["digests"].startswith("no mergetool.json")
+    assert verify_folder(model)["digests"].startswith("no mergetool.json")
     values["lm_head.weight"][2, 3] = np.nan
     write_model(model, typed(values, dtype))
     assert "'lm_head.weight' holds NaN or infinity in element 19" in found(model)
@@ -230,6 +230,16 @@ def test_a_model_that_transformers_does_not_know_is_one_line(
     with pytest.raises(VerifyError, match="cannot be loaded with transformers") as caught:
         verify_loading(model)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_config_of_a_larger_model_is_found_before_it_fills_the_memory(
+    loadable: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(loadable, tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 20}))
+    with pytest.raises(VerifyError, match=r"config\.json describes \d+ parameters, but the files"):
+        verify_loading(model)
 
 
 def test_a_model_that_is_no_language_model_loads_as_what_it_says(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from merge.errors import NonFiniteError, OutputError
 from merge.pipeline import plan_recipe, run_recipe
-from merge.verify import verify, verify_loading
+from merge.verify import verify_folder, verify_loading
 from merge.write import HEADER_ALIGNMENT, PartialFolder, layout
 
 
@@ -155,7 +155,7 @@ def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(recipe: Path) -> None:
     ties_recipe(recipe, {n: recipe.parent / n for n in ("base", "a", "b")}, shard_size="1B")
     result = run_recipe(recipe, recipe.parent / "out")
     assert len(list(result.folder.glob("*.safetensors"))) == len(shapes())
-    verify(result.folder)
+    verify_folder(result.folder)
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp"])
@@ -254,7 +254,7 @@ def test_the_old_output_stays_until_the_new_one_is_whole(
     publish = PartialFolder.publish
 
     def looking(self: PartialFolder) -> None:
-        verify(self.model)
+        verify_folder(self.model)
         seen.append(contents(out))
         publish(self)
 
@@ -279,7 +279,7 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(recipe: Path) -> None:
     (recipe.parent / "out").symlink_to(place)
     run_recipe(recipe, recipe.parent / "out")
     assert (recipe.parent / "out").is_symlink()
-    verify(place)
+    verify_folder(place)
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line_and_the_run_goes_on_after(
     assert "the disk is full" in ran.error
     (small_disk / "ballast").unlink()
     assert command("run", recipe, "-o", small_disk / "out").code == 0
-    verify(small_disk / "out")
+    verify_folder(small_disk / "out")
 
 
 def test_a_limit_on_file_sizes_is_one_line(recipe: Path) -> None:
