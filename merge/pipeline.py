@@ -118,9 +118,9 @@ def _verified(folder: Path, budget: Budget, progress: Progress) -> dict[str, Any
 
 def _usable(folder: Path, plan: Plan) -> Path:
     """`folder`, links followed; raises OutputError where no output can go."""
-    if folder.is_symlink() or folder.name in ("", ".."):
-        folder = folder.resolve()
     try:
+        if folder.is_symlink() or folder.name in ("", ".."):
+            folder = folder.resolve()
         whole = folder.resolve()
         partial_of(whole).exists()
     except (OSError, ValueError) as error:  # a name that is too long, or none

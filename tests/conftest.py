@@ -1,12 +1,12 @@
 """What all tests share: a command that runs in this process, and repeatable examples."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, settings
+from ran import Ran
 
 settings.register_profile(
     "repeatable",
@@ -15,24 +15,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command did: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error; more or fewer lines are a failure of the test."""
-        lines = self.err.splitlines()
-        assert self.code in (1, 2), f"exit {self.code}\n{self.out}{self.err}"
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("mergetool: "), self.err
-        return lines[0].removeprefix("mergetool: ")
 
 
 @pytest.fixture

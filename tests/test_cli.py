@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran
 from families import contents, family, ties_recipe, typed, write_model, write_recipe
+from ran import Ran
 
 from merge.cli import main
 from merge.errors import PlanError

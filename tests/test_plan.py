@@ -355,7 +355,7 @@ def test_an_output_that_would_bury_an_input_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("output", ["/", "x" * 250])
+@pytest.mark.parametrize("output", ["/", "x" * 250, "x" * 300])
 def test_a_place_without_room_for_a_name_is_refused(tmp_path: Path, output: str) -> None:
     recipe = ties_recipe(tmp_path / "r.yaml", family(tmp_path, "a"))
     with pytest.raises(OutputError, match="no place for a model"):

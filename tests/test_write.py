@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Ran
 from families import contents, drawn, family, shapes, ties_recipe, typed, write_model, write_recipe
+from ran import Ran
 from safetensors import safe_open
 
 from merge.errors import NonFiniteError, OutputError
