@@ -1,9 +1,9 @@
 """mergetool: model merging as a stream of tensors.
 
-    recipe  ->  plan  ->  stream  ->  write  ->  verify  ->  score
+recipe  ->  plan  ->  stream  ->  write  ->  verify  ->  score
 
-    from merge import plan_recipe, run_recipe, verify_folder, score_models
-    result = run_recipe("recipe.yaml", output=Path("out/merged"), memory="512MiB")
+from merge import plan_recipe, run_recipe, verify_folder, score_models
+result = run_recipe("recipe.yaml", output=Path("out/merged"), memory="512MiB")
 """
 
 from importlib import import_module

@@ -19,7 +19,9 @@ def check_agreement(donor: Model, others: Sequence[Model]) -> list[str]:
     for other in others:
         for key in MUST_AGREE:
             _compare(donor, other, key, fatal=True)
-        notes += [note for key in SHOULD_AGREE if (note := _compare(donor, other, key, fatal=False))]
+        notes += [
+            note for key in SHOULD_AGREE if (note := _compare(donor, other, key, fatal=False))
+        ]
         if difference := _first_vocabulary_difference(donor.folder, other.folder):
             raise PlanError(
                 f"{other.label}: its tokenizer is not that of {donor.label}: {difference}; rows of the "
@@ -49,7 +51,8 @@ def _eos_difference(donor: Model, other: Model) -> str | None:
     a, b = (m.config.get("eos_token_id") for m in (donor, other))
     if a == b or b is None:
         return None
-    return f"{other.label}: ends its texts with token {b}, {donor.label} with {a}; the merge keeps {a} and may not stop"
+    found = f"{other.label}: ends its texts with token {b}, {donor.label} with {a}"
+    return f"{found}; the merge keeps {a} and may not stop"
 
 
 def _first_vocabulary_difference(a: Path, b: Path) -> str | None:
@@ -60,7 +63,9 @@ def _first_vocabulary_difference(a: Path, b: Path) -> str | None:
         ours, theirs = (dict(_vocabulary(f)) for f in files)
     except (AttributeError, IndexError, KeyError, TypeError):
         raise SourceError(f"{files[0]} or {files[1]}: not a tokenizer file") from None
-    for token in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, 1 << 62), theirs.get(t, 0))):
+    for token in sorted(
+        ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, 1 << 62), theirs.get(t, 0))
+    ):
         if ours.get(token) != theirs.get(token):
             return f"token {token!r} has id {theirs.get(token)}, not {ours.get(token)}"
     return None

@@ -25,7 +25,8 @@ FUSE_FROM = 1 << 28  # input values of a merge from which compiling (1 to 2 s) p
 @dataclass(frozen=True)
 class Budget:
     """Sizes in bytes. `block`: one input's part of a block; `hold`: inputs of one tensor kept between
-    passes, in each of `slots` buffers (0: always read again); `peak`: projected for the process; `fuse`: compile methods."""
+    passes, in each of `slots` buffers (0: always read again); `peak`: projected for the process.
+    `fuse`: methods are compiled."""
 
     threads: int
     block: int
@@ -129,7 +130,9 @@ def _array_bytes(plan: Plan, step: Step) -> int:
 
 def _distinct(steps: Iterable[Step]) -> Iterable[Step]:
     """One step of each shape and kind; a 70 B model has few."""
-    return {(s.shape, s.dtype, s.copy, tuple(o.info.dtype for o in s.inputs)): s for s in steps}.values()
+    return {
+        (s.shape, s.dtype, s.copy, tuple(o.info.dtype for o in s.inputs)): s for s in steps
+    }.values()
 
 
 def keep_freed_memory() -> None:

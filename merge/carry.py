@@ -18,7 +18,17 @@ from merge.stream import StepDigests
 from merge.verify import PROVENANCE
 from merge.write import index_text, layout, writing
 
-WEIGHTS: tuple[str, ...] = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+WEIGHTS: tuple[str, ...] = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+)
 WEIGHTS += (".safetensors.index.json", ".bin.index.json", ".tflite", ".ot", ".npz")
 OWN = ("readme.md", "config.json", PROVENANCE, "scores.json")
 CARD = "README.md"
@@ -35,7 +45,12 @@ def _carry(plan: Plan, model: Path) -> None:
     for file in sorted(donor.rglob("*")):
         inside = file.relative_to(donor)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if file.is_file() and not hidden and not file.name.endswith(WEIGHTS) and str(inside).lower() not in OWN:
+        if (
+            file.is_file()
+            and not hidden
+            and not file.name.endswith(WEIGHTS)
+            and str(inside).lower() not in OWN
+        ):
             if len(inside.parts) > 1 and (donor / inside.parts[0] / "config.json").is_file():
                 continue  # another model in a folder of this one
             (model / inside).parent.mkdir(parents=True, exist_ok=True)
@@ -52,10 +67,14 @@ def _carry_config(plan: Plan, model: Path, source: Path) -> None:
         shutil.copyfile(source, model / "config.json")
         return
     config.update(dict.fromkeys(keys, dtype))
-    (model / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (model / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
-def provenance(plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[str, Sequence[int]]) -> str:
+def provenance(
+    plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[str, Sequence[int]]
+) -> str:
     """mergetool.json: what was merged, how, by which versions, and the digest of everything."""
     data = {
         "format": FORMAT,
@@ -68,7 +87,11 @@ def provenance(plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[s
         "notes": plan.notes,
         "files": _file_digests(plan),
         "outputs": {
-            step.name: {"dtype": step.dtype, "shape": step.shape, "digest": digests[step.name].output}
+            step.name: {
+                "dtype": step.dtype,
+                "shape": step.shape,
+                "digest": digests[step.name].output,
+            }
             for step in plan.steps
         },
     }
@@ -108,7 +131,9 @@ def told_inputs(plan: Plan, digests: Mapping[str, StepDigests]) -> list[dict[str
 def resolved(plan: Plan) -> dict[str, Any]:
     """The recipe with every default filled in, as a recipe again; no path of this machine."""
     recipe = plan.recipe
-    names = {label: model.public_name for label, model in zip(_labels(plan), plan.models, strict=True)}
+    names = {
+        label: model.public_name for label, model in zip(_labels(plan), plan.models, strict=True)
+    }
     sections = recipe.sections
     out: dict[str, Any] = {"merge_method": recipe.method.name}
     if sections.base_model:
@@ -121,7 +146,15 @@ def resolved(plan: Plan) -> dict[str, Any]:
         out["parameters"] = shared
     if sections.tokenizer_source:
         out["tokenizer_source"] = names.get(sections.tokenizer_source, sections.tokenizer_source)
-    keep = ("dtype", "out_dtype", "compat", "missing_tensors", "extra_tensors", "allow_nonfinite", "shard_size")
+    keep = (
+        "dtype",
+        "out_dtype",
+        "compat",
+        "missing_tensors",
+        "extra_tensors",
+        "allow_nonfinite",
+        "shard_size",
+    )
     out |= {key: getattr(sections, key) for key in keep if getattr(sections, key) is not None}
     return out
 
@@ -133,7 +166,10 @@ def _labels(plan: Plan) -> list[str]:
 def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, setting in settings.items():
-        shown = [(pattern, list(points) if len(points) > 1 else points[0]) for pattern, points in setting.rules]
+        shown = [
+            (pattern, list(points) if len(points) > 1 else points[0])
+            for pattern, points in setting.rules
+        ]
         if shown[0][0] is None:
             out[name] = shown[0][1]
         else:
@@ -143,7 +179,9 @@ def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_card(plan: Plan) -> str:
     """README.md with the hub's metadata: base models, that they were merged, and the recipe."""
-    parents = sorted({m.public_name for i, m in enumerate(plan.models) if i != plan.base}) or [plan.models[0].public_name]
+    parents = sorted({m.public_name for i, m in enumerate(plan.models) if i != plan.base}) or [
+        plan.models[0].public_name
+    ]
     bases = [plan.models[plan.base].public_name] if plan.base is not None else []
     meta = {
         "library_name": "transformers",

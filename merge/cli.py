@@ -28,11 +28,22 @@ def _a_size(context: click.Context, option: click.Parameter, value: str) -> str:
 
 
 MEMORY = click.option(
-    "--memory", default="512MiB", show_default=True, callback=_a_size, help="Cap on this process's memory."
+    "--memory",
+    default="512MiB",
+    show_default=True,
+    callback=_a_size,
+    help="Cap on this process's memory.",
 )
-THREADS = click.option("--threads", type=click.IntRange(min=1), help="Threads; default: one per core.")
+THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads; default: one per core."
+)
 OFFLINE = click.option("--offline", is_flag=True, help="Take hub models from the cache alone.")
-OUTPUT = click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder, instead of the recipe's.")
+OUTPUT = click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Output folder, instead of the recipe's.",
+)
 
 
 class _Group(click.Group):
@@ -61,7 +72,10 @@ class _Group(click.Group):
                 raise
             if isinstance(error, MergetoolError):
                 _exit(str(error), error.exit_code)
-            _exit(f"unexpected {type(error).__name__}: {error}; --debug before the command shows where", 1)
+            _exit(
+                f"unexpected {type(error).__name__}: {error}; --debug before the command shows where",
+                1,
+            )
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -85,9 +99,16 @@ def main(debug: bool) -> None:
 @MEMORY
 @THREADS
 @OFFLINE
-@click.option("--overwrite", is_flag=True, help="Replace another model in the output folder, once done.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace another model in the output folder, once done."
+)
 @click.option("--restart", is_flag=True, help="Discard an interrupted run instead of going on.")
-@click.option("--score/--no-score", "wanted", default=None, help="Score the result, or not, whatever the recipe says.")
+@click.option(
+    "--score/--no-score",
+    "wanted",
+    default=None,
+    help="Score the result, or not, whatever the recipe says.",
+)
 @JSON
 def run_command(
     recipe: str, output: Path | None, memory: str, threads: int | None, offline: bool,
@@ -105,12 +126,18 @@ def run_command(
         find_recipe(recipe), output, memory=memory, threads=threads, restart=restart,
         overwrite=overwrite, offline=offline, progress=_progress,
     )  # fmt: skip
-    report: dict[str, Any] = {"output": str(result.folder), "existed": result.existed, "plan": result.plan.digest}
+    report: dict[str, Any] = {
+        "output": str(result.folder),
+        "existed": result.existed,
+        "plan": result.plan.digest,
+    }
     report |= {"verified": result.verified, "notes": list(result.plan.notes)}
     if not as_json:
         _say_notes(result.plan)
         done = "is this merge already; verified" if result.existed else "written and verified"
-        click.echo(f"{result.folder}: {done}: {result.verified['tensors']} tensors, {_gb(result.verified['bytes'])}")
+        click.echo(
+            f"{result.folder}: {done}: {result.verified['tensors']} tensors, {_gb(result.verified['bytes'])}"
+        )
     section = result.plan.recipe.sections.score
     if wanted is not False and (section or wanted):
         report["scores"] = _scored_run(result, as_json)
@@ -124,7 +151,9 @@ def _scored_run(result: Any, as_json: bool) -> Any:
 
     section = result.plan.recipe.sections.score or ScoreSection()
     folders = [result.folder] + ([m.folder for m in result.plan.models] if section.parents else [])
-    labels = [result.folder.name] + ([m.label for m in result.plan.models] if section.parents else [])
+    labels = [result.folder.name] + (
+        [m.label for m in result.plan.models] if section.parents else []
+    )
     suite = Suite.named(section.suite)
     with _progress("score", len(folders) * len(suite.tasks)) as count:
         scores = score_models(folders, suite, labels=labels, limit=section.limit, progress=count)
@@ -139,7 +168,12 @@ def _scored_run(result: Any, as_json: bool) -> Any:
 @MEMORY
 @THREADS
 @OFFLINE
-@click.option("--tensor", "tensors", multiple=True, help="Show the parameters of tensors whose name contains this.")
+@click.option(
+    "--tensor",
+    "tensors",
+    multiple=True,
+    help="Show the parameters of tensors whose name contains this.",
+)
 @JSON
 def plan_command(
     recipe: str, output: Path | None, memory: str, threads: int | None, offline: bool,
@@ -170,16 +204,26 @@ def plan_command(
         "plan": plan.digest,
         "notes": list(plan.notes),
     }
-    shown = {s.name: {"shape": s.shape, "dtype": s.dtype, "parameters": dict(s.parameters)} for s in chosen}
+    shown = {
+        s.name: {"shape": s.shape, "dtype": s.dtype, "parameters": dict(s.parameters)}
+        for s in chosen
+    }
     if as_json:
         click.echo(json.dumps(facts | ({"tensors": shown} if tensors else {}), indent=1))
         return
     click.echo(f"{facts['method']} of {len(plan.models)} models, {len(plan.steps)} tensors")
     for model in plan.models:
-        click.echo(f"  {model.label}{'  (base)' if plan.base is not None and model is plan.models[plan.base] else ''}")
+        click.echo(
+            f"  "
+            f"{model.label}{'  (base)' if plan.base is not None and model is plan.models[plan.base] else ''}"
+        )
     click.echo(f"reads          {_gb(plan.read_bytes)}")
-    click.echo(f"writes         {_gb(plan.write_bytes)} to {folder}; {_gb(free_bytes(folder))} free")
-    click.echo(f"projected peak {budget.peak / 2**20:.0f} MiB of memory with {budget.threads} threads (cap {memory})")
+    click.echo(
+        f"writes         {_gb(plan.write_bytes)} to {folder}; {_gb(free_bytes(folder))} free"
+    )
+    click.echo(
+        f"projected peak {budget.peak / 2**20:.0f} MiB of memory with {budget.threads} threads (cap {memory})"
+    )
     _say_notes(plan)
     for step in chosen:
         values = ", ".join(f"{k}={v}" for k, v in step.parameters.items())
@@ -188,7 +232,11 @@ def plan_command(
 
 @main.command("verify")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--load", is_flag=True, help="Also load it with transformers: no missing, no unexpected tensors.")
+@click.option(
+    "--load",
+    is_flag=True,
+    help="Also load it with transformers: no missing, no unexpected tensors.",
+)
 @JSON
 def verify_command(folder: Path, load: bool, as_json: bool) -> None:
     """Checks that a written model in FOLDER is whole: every tensor against its digest.
@@ -205,19 +253,33 @@ def verify_command(folder: Path, load: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
-    click.echo(f"{folder}: {facts['tensors']} tensors, {_gb(facts['bytes'])}, digests: {facts['digests']}")
+    click.echo(
+        f"{folder}: {facts['tensors']} tensors, {_gb(facts['bytes'])}, digests: {facts['digests']}"
+    )
     if load:
         click.echo(f"{folder}: loads as {facts['loads_as']}; no tensor missing, none unexpected")
 
 
 @main.command("score")
 @click.argument("models", nargs=-1, required=True)
-@click.option("--suite", "-s", default="quickstart", show_default=True, help="A shipped suite, or a folder with suite.yaml.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N documents of each task.")
-@click.option("--split", type=click.Choice(["heldout", "search"]), default="heldout", show_default=True)
+@click.option(
+    "--suite",
+    "-s",
+    default="quickstart",
+    show_default=True,
+    help="A shipped suite, or a folder with suite.yaml.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Only the first N documents of each task."
+)
+@click.option(
+    "--split", type=click.Choice(["heldout", "search"]), default="heldout", show_default=True
+)
 @OFFLINE
 @JSON
-def score_command(models: tuple[str, ...], suite: str, limit: int | None, split: str, offline: bool, as_json: bool) -> None:
+def score_command(
+    models: tuple[str, ...], suite: str, limit: int | None, split: str, offline: bool, as_json: bool
+) -> None:
     """Scores MODELS side by side with lm-evaluation-harness, with standard errors.
 
     A finished merge brings its parents along when their names can be found.
@@ -273,7 +335,12 @@ def _method_facts(method: Any) -> dict[str, Any]:
         "paper": method.paper,
         "base": method.base,
         "parameters": [
-            {"name": p.name, "allowed": p.allowed, "per_model": p.per_model, "required": p.default is REQUIRED}
+            {
+                "name": p.name,
+                "allowed": p.allowed,
+                "per_model": p.per_model,
+                "required": p.default is REQUIRED,
+            }
             | ({} if p.default is REQUIRED else {"default": p.default})
             | {"text": p.text}
             for p in method.parameters.values()
@@ -289,7 +356,9 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     known = {p.stem: p for p in sorted(shipped("recipes").glob("*.yaml"))}
     if name not in known:
-        raise RequestError(f"{name}: no such file, and no shipped recipe of that name; there are {', '.join(known)}")
+        raise RequestError(
+            f"{name}: no such file, and no shipped recipe of that name; there are {', '.join(known)}"
+        )
     return known[name]
 
 
@@ -316,7 +385,9 @@ def _progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 
     lock = Lock()
     in_bytes = stage != "score"
-    with tqdm(total=total, desc=stage, unit="B" if in_bytes else "task", unit_scale=in_bytes, leave=False) as bar:
+    with tqdm(
+        total=total, desc=stage, unit="B" if in_bytes else "task", unit_scale=in_bytes, leave=False
+    ) as bar:
 
         def count(n: int) -> None:
             with lock:

@@ -1,17 +1,17 @@
 """Every error that a user can meet, and the exit code that the command gives for it.
 
-    MergetoolError
-    |- RequestError     exit 2: the request is wrong; nothing was written
-    |  |- RecipeError       a recipe file: unknown key, wrong type, value out of range
-    |  |- SourceError       a model: not found, unreadable header, not plain floats
-    |  |- PlanError         recipe and models do not fit together, or not into disk or memory
-    |  `- OutputError       the output folder is taken: finished, foreign or in use
-    `- RunError         exit 1: the work failed while running; the same command goes on from there
-       |- ReadError         an input is truncated, unreadable or changed while it was read
-       |- NonFiniteError    NaN or infinity in an input
-       |- WriteError        the disk is full or refuses to write
-       |- VerifyError       a written model is not what its plan says
-       `- ScoreError        a model could not be scored
+MergetoolError
+|- RequestError     exit 2: the request is wrong; nothing was written
+|  |- RecipeError       a recipe file: unknown key, wrong type, value out of range
+|  |- SourceError       a model: not found, unreadable header, not plain floats
+|  |- PlanError         recipe and models do not fit together, or not into disk or memory
+|  `- OutputError       the output folder is taken: finished, foreign or in use
+`- RunError         exit 1: the work failed while running; the same command goes on from there
+   |- ReadError         an input is truncated, unreadable or changed while it was read
+   |- NonFiniteError    NaN or infinity in an input
+   |- WriteError        the disk is full or refuses to write
+   |- VerifyError       a written model is not what its plan says
+   `- ScoreError        a model could not be scored
 """
 
 

@@ -111,7 +111,9 @@ class Formula:
     def _loop(self, expression: Expression, kind: str) -> Loop | None:
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
         try:
-            return traced(lambda raws, index, high: expression(raws, Counter(index, high)), dtypes, kind)
+            return traced(
+                lambda raws, index, high: expression(raws, Counter(index, high)), dtypes, kind
+            )
         except UntraceableError:
             return None
 

@@ -42,7 +42,13 @@ _BINARY = {
     "logical_and": "({} & {})", "logical_or": "({} | {})",
     "left_shift": "({} << {})", "right_shift": "({} >> {})",
 }  # fmt: skip
-_UNARY = {"absolute": "abs({})", "negative": "(-{})", "logical_not": "(not {})", "sqrt": "np.sqrt({})", "invert": "(~{})"}
+_UNARY = {
+    "absolute": "abs({})",
+    "negative": "(-{})",
+    "logical_not": "(not {})",
+    "sqrt": "np.sqrt({})",
+    "invert": "(~{})",
+}
 
 
 class Symbol(NDArrayOperatorsMixin):
@@ -51,7 +57,9 @@ class Symbol(NDArrayOperatorsMixin):
     def __init__(self, trace: "_Trace", name: str, dtype: np.dtype[Any]) -> None:
         self.trace, self.name, self.dtype = trace, name, dtype
 
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any) -> "Symbol":
+    def __array_ufunc__(
+        self, ufunc: Any, method: str, *inputs: Any, out: Any = None, **options: Any
+    ) -> "Symbol":
         if method != "__call__" or options:
             raise UntraceableError(f"{ufunc.__name__}.{method} with {sorted(options)}")
         result = self.trace.apply(ufunc, inputs)
@@ -152,7 +160,9 @@ class Loop:
             raise UntraceableError(f"numba cannot compile the loop: {error}") from error
 
 
-def traced(function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any]], kind: str) -> Loop:
+def traced(
+    function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any]], kind: str
+) -> Loop:
     """`function(symbols, index, index_high)` -> arrays, as a loop; raises UntraceableError.
 
     kind "store": the arrays are written out. "sum": each is summed over LANES lanes into float64
@@ -174,7 +184,9 @@ def traced(function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any
 def _source(trace: _Trace, results: Sequence[Symbol], inputs: int, kind: str) -> str:
     arrays = [f"x{i}" for i in range(inputs)] + [f"out{i}" for i in range(len(results))]
     head = [f"def loop(n, first, first_high, f4, f8, u4, {', '.join(arrays)}):"]
-    head += [f"    {k}_{i} = {k}[{i}]" for k, known in trace.numbers.items() for i in range(len(known))]
+    head += [
+        f"    {k}_{i} = {k}[{i}]" for k, known in trace.numbers.items() for i in range(len(known))
+    ]
     body = _BODIES[kind](trace.lines, [result.name for result in results])
     return "\n".join(["import numpy as np", "", "", *head, *("    " + line for line in body), ""])
 
@@ -275,7 +287,9 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
 def _cached_source(source: str) -> Path | None:
     """The file of `source` in the user's cache, beside which numba keeps the machine code."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = home / "mergetool" / "loops" / f"loop_{hashlib.sha256(source.encode()).hexdigest()[:24]}.py"
+    file = (
+        home / "mergetool" / "loops" / f"loop_{hashlib.sha256(source.encode()).hexdigest()[:24]}.py"
+    )
     with suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not file.is_file() or file.read_text() != source:

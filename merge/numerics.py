@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Raw = NDArray[Any]
 
-GRAIN_ELEMENTS = 1 << 18  # 1 MiB of float32: smaller pays for numpy calls, larger leaves the L2 cache
+GRAIN_ELEMENTS = (
+    1 << 18
+)  # 1 MiB of float32: smaller pays for numpy calls, larger leaves the L2 cache
 
 STORAGE: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),

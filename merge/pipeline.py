@@ -125,15 +125,21 @@ def _usable(folder: Path, plan: Plan) -> Path:
         partial_of(whole).exists()
     except (OSError, ValueError) as error:  # a name that is too long, or none
         reason = getattr(error, "strerror", None) or "has no name"
-        raise OutputError(f"{folder}: is no place for a model ({reason}); choose another output") from None
+        raise OutputError(
+            f"{folder}: is no place for a model ({reason}); choose another output"
+        ) from None
     for part in (whole, *whole.parents):
         if part.exists() and not part.is_dir():
             raise OutputError(f"{part}: is a file; choose another output")
     for model in plan.models:
         if model.folder.resolve() in (whole, *whole.parents):
-            raise OutputError(f"{folder}: is or lies in the folder of {model.label}; choose another output")
+            raise OutputError(
+                f"{folder}: is or lies in the folder of {model.label}; choose another output"
+            )
         if whole in model.folder.resolve().parents:
-            raise OutputError(f"{folder}: the folder of {model.label} lies in it; choose another output")
+            raise OutputError(
+                f"{folder}: the folder of {model.label} lies in it; choose another output"
+            )
     return folder
 
 
@@ -143,10 +149,18 @@ def _is_there_already(folder: Path, plan: Plan, budget: Budget, progress: Progre
         return False
     made = provenance_of(folder)
     if made is None:
-        raise OutputError(f"{folder}: exists and was not made by mergetool; choose another output, or give --overwrite to replace it")
-    same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(_input_sizes(plan))
+        raise OutputError(
+            f"{folder}: exists and was not made by mergetool; choose another output, or give "
+            f"--overwrite to replace it"
+        )
+    same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(
+        _input_sizes(plan)
+    )
     if not same or made.get("inputs") != told_inputs(plan, _input_digests(plan, budget, progress)):
-        raise OutputError(f"{folder}: holds a finished merge of another recipe or of other models; choose another output, or give --overwrite to replace it")
+        raise OutputError(
+            f"{folder}: holds a finished merge of another recipe or of other models; choose "
+            f"another output, or give --overwrite to replace it"
+        )
     return True
 
 

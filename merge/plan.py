@@ -102,7 +102,15 @@ class Plan:
 
     def _facts(self, step: Step) -> list[Any]:
         inputs = [[o.model, o.tensor, o.info.dtype] for o in step.inputs]
-        return [step.name, step.shape, step.dtype, inputs, step.base is not None, dict(step.parameters), step.copy]
+        return [
+            step.name,
+            step.shape,
+            step.dtype,
+            inputs,
+            step.base is not None,
+            dict(step.parameters),
+            step.copy,
+        ]
 
 
 def make_plan(recipe: Recipe, models: Sequence[Model]) -> Plan:
@@ -134,13 +142,19 @@ def _donor(recipe: Recipe, labels: Sequence[str], base: int | None) -> int:
 class _Planner:
     """Holds what all steps share while they are made."""
 
-    def __init__(self, recipe: Recipe, models: tuple[Model, ...], base: int | None, donor: int) -> None:
+    def __init__(
+        self, recipe: Recipe, models: tuple[Model, ...], base: int | None, donor: int
+    ) -> None:
         self.recipe, self.models, self.base, self.donor = recipe, models, base, donor
         self.reference = base if base is not None else donor
         self.notes: list[str] = []
-        self.layers = 1 + max((layer_number(n) or 0 for n in self._names(self.reference)), default=0)
+        self.layers = 1 + max(
+            (layer_number(n) or 0 for n in self._names(self.reference)), default=0
+        )
         labels = model_labels(recipe)
-        self.entries = [labels.index(name) for name in recipe.models]  # models[i] -> index of a model
+        self.entries = [
+            labels.index(name) for name in recipe.models
+        ]  # models[i] -> index of a model
 
     def plan(self) -> Plan:
         others = [m for i, m in enumerate(self.models) if i != self.donor]
@@ -157,7 +171,9 @@ class _Planner:
         """Tensors of a model that count: no buffers, and no head beside a tied embedding."""
         model = self.models[index]
         tied = model.tied and EMBEDDING in model.source.tensors
-        return [n for n in model.source.tensors if not BUFFERS.search(n) and not (tied and n == HEAD)]
+        return [
+            n for n in model.source.tensors if not BUFFERS.search(n) and not (tied and n == HEAD)
+        ]
 
     def _check_tying(self) -> None:
         """config.json comes from the donor, the tensors' names from the reference: both must fit."""
@@ -165,32 +181,44 @@ class _Planner:
         if donor.tied != reference.tied:
             raise PlanError(
                 f"{donor.label}: tie_word_embeddings is {str(donor.tied).lower()} in config.json, but "
-                f"{str(reference.tied).lower()} in {reference.label}, whose tensors are written; choose it as tokenizer_source"
+                f"{str(reference.tied).lower()} in {reference.label}, whose tensors are "
+                f"written; choose it as tokenizer_source"
             )
 
     def _check_names(self) -> None:
         reference = self.models[self.reference]
         known = set(self._names(self.reference))
         if dropped := sorted(reference.source.tensors.keys() - known):
-            self.notes.append(f"{reference.label}: not written: {_some(dropped)} (recomputed or tied on loading)")
+            self.notes.append(
+                f"{reference.label}: not written: {_some(dropped)} (recomputed or tied on loading)"
+            )
         for index, model in enumerate(self.models):
             extra = sorted(set(self._names(index)) - known, key=natural_order)
             if extra and self.recipe.sections.extra_tensors == "error":
                 raise PlanError(
-                    f"{model.label}: has {len(extra)} tensors that {reference.label} lacks, first {extra[0]!r}; "
+                    f"{model.label}: has {len(extra)} tensors that {reference.label} lacks, "
+                    f"first {extra[0]!r}; "
                     "to merge without them set extra_tensors: drop"
                 )
             if extra:
-                self.notes.append(f"{model.label}: dropped as {reference.label} lacks them: {_some(extra)}")
+                self.notes.append(
+                    f"{model.label}: dropped as {reference.label} lacks them: {_some(extra)}"
+                )
 
     def _step(self, name: str) -> Step:
         info = self.models[self.reference].source.tensors[name]
         method = self.recipe.method
         base = Operand(self.reference, name, info)
-        dtype = self.recipe.out_dtype or self.models[self.donor].source.tensors.get(name, info).dtype
+        dtype = (
+            self.recipe.out_dtype or self.models[self.donor].source.tensors.get(name, info).dtype
+        )
         if info.dtype not in FLOATS:
             return Step(name, info.shape, info.dtype, (base,), None, {}, copy=True)
-        chosen = [i for i, model in enumerate(self.entries) if not (method.base == "required" and model == self.base)]
+        chosen = [
+            i
+            for i, model in enumerate(self.entries)
+            if not (method.base == "required" and model == self.base)
+        ]
         operands = [self._operand(self.entries[i], name, base) for i in chosen]
         parameters = self._parameters(name, chosen)
         if method.base == "first":
@@ -210,7 +238,9 @@ class _Planner:
         reference = self.models[self.reference].label
         if info is None:
             if self.recipe.sections.missing_tensors == "base" and self.base is not None:
-                note = f"{model.label}: lacks tensors of {reference}, which count as unchanged there"
+                note = (
+                    f"{model.label}: lacks tensors of {reference}, which count as unchanged there"
+                )
                 if note not in self.notes:
                     self.notes.append(note)
                 return base
@@ -224,7 +254,9 @@ class _Planner:
                 f"in {reference}; models of one shape can be merged"
             )
         if info.dtype not in FLOATS:
-            raise PlanError(f"{model.label}: tensor {stored!r} is {info.dtype}, but {base.info.dtype} in {reference}")
+            raise PlanError(
+                f"{model.label}: tensor {stored!r} is {info.dtype}, but {base.info.dtype} in {reference}"
+            )
         return Operand(index, stored, info)
 
     def _parameters(self, name: str, chosen: Sequence[int]) -> dict[str, Any]:
@@ -240,7 +272,8 @@ class _Planner:
                 entry = chosen[found.index(None)] if parameter.per_model else None
                 place = ("models", entry) if entry is not None else ("parameters",)
                 raise PlanError(
-                    f"{self.recipe.where(*place, parameter.name)}: no rule of {parameter.name} fits tensor {name!r}; "
+                    f"{self.recipe.where(*place, parameter.name)}: no rule of {parameter.name} "
+                    f"fits tensor {name!r}; "
                     "end its list with a value without filter"
                 )
             typed = [parameter.kind(value) for value in found]

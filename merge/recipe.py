@@ -152,7 +152,9 @@ def _resolve(
     """Precedence: model, then recipe, then compat, then the method's default."""
     fallback = dict(method.mergekit) if sections.compat == "mergekit" else {}
 
-    def pick(parameter: Parameter, sources: Sequence[Mapping[str, Setting]], at: tuple[str | int, ...]) -> Setting:
+    def pick(
+        parameter: Parameter, sources: Sequence[Mapping[str, Setting]], at: tuple[str | int, ...]
+    ) -> Setting:
         rules: list[tuple[str | None, tuple[Value, ...]]] = []
         for source in sources:
             if parameter.name in source:
@@ -170,16 +172,26 @@ def _resolve(
     for parameter in method.parameters.values():
         if not parameter.per_model:
             if differing := _first_difference(own, parameter.name):
-                what = f"{method.name}.{parameter.name} holds for all models, but models differ in it"
+                what = (
+                    f"{method.name}.{parameter.name} holds for all models, but models differ in it"
+                )
                 at = ("models", differing, "parameters", parameter.name)
-                raise RecipeError(f"{file}:{_line(lines, at)}: {what}; give it once, under parameters")
-            common[parameter.name] = pick(parameter, [_merged(own, parameter.name), shared], ("parameters",))
+                raise RecipeError(
+                    f"{file}:{_line(lines, at)}: {what}; give it once, under parameters"
+                )
+            common[parameter.name] = pick(
+                parameter, [_merged(own, parameter.name), shared], ("parameters",)
+            )
     for i, settings in enumerate(own):
         if sections.models[i].model == sections.base_model and method.base == "required":
             per_model.append({})  # the base itself has no task vector
             continue
         per_model.append(
-            {p.name: pick(p, [settings, shared], ("models", i)) for p in method.parameters.values() if p.per_model}
+            {
+                p.name: pick(p, [settings, shared], ("models", i))
+                for p in method.parameters.values()
+                if p.per_model
+            }
         )
     return Recipe(file, sections, method, tuple(per_model), common, lines)
 
@@ -198,7 +210,9 @@ def _first_difference(own: Sequence[Mapping[str, Setting]], name: str) -> int | 
 class _ParameterReader:
     """Turns raw parameter tables into settings, each value checked against the method's signature."""
 
-    def __init__(self, file: str, lines: Mapping[tuple[str | int, ...], int], method: Method) -> None:
+    def __init__(
+        self, file: str, lines: Mapping[tuple[str | int, ...], int], method: Method
+    ) -> None:
         self._file, self._lines, self._method = file, lines, method
 
     def known(self, raw: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Setting]:
@@ -208,27 +222,46 @@ class _ParameterReader:
         parameter = self._method.parameters.get(name)
         if parameter is None:
             allowed = list(self._method.parameters)
-            raise self._error(path, f"{self._method.name} has no parameter {name!r}{_nearest(name, allowed)}; it has {', '.join(allowed)}")
+            raise self._error(
+                path,
+                f"{self._method.name} has no parameter {name!r}{_nearest(name, allowed)}; it "
+                f"has {', '.join(allowed)}",
+            )
         if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
             return Setting(tuple(self._rule(parameter, v, (*path, i)) for i, v in enumerate(value)))
         return Setting(((None, self._points(parameter, value, path)),))
 
-    def _rule(self, parameter: Parameter, rule: Mapping[str, Any], path: tuple[str | int, ...]) -> tuple[str | None, tuple[Value, ...]]:
+    def _rule(
+        self, parameter: Parameter, rule: Mapping[str, Any], path: tuple[str | int, ...]
+    ) -> tuple[str | None, tuple[Value, ...]]:
         if unknown := [key for key in rule if key not in ("filter", "value")]:
-            raise self._error((*path, unknown[0]), f"unknown key {unknown[0]!r} in a rule of {parameter.name}; allowed: filter, value")
+            raise self._error(
+                (*path, unknown[0]),
+                f"unknown key {unknown[0]!r} in a rule of {parameter.name}; allowed: filter, value",
+            )
         pattern = rule.get("filter")
         if "value" not in rule or not isinstance(pattern, str | None):
-            raise self._error(path, f"a rule of {parameter.name} needs a value and, as text, what tensor names it filters")
+            raise self._error(
+                path,
+                f"a rule of {parameter.name} needs a value and, as text, what tensor names it filters",
+            )
         return pattern, self._points(parameter, rule["value"], (*path, "value"))
 
-    def _points(self, parameter: Parameter, value: Any, path: tuple[str | int, ...]) -> tuple[Value, ...]:
+    def _points(
+        self, parameter: Parameter, value: Any, path: tuple[str | int, ...]
+    ) -> tuple[Value, ...]:
         points = value if isinstance(value, list) else [value]
         if not points or (len(points) > 1 and parameter.kind not in (float, int)):
-            raise self._error(path, f"{self._method.name}.{parameter.name} is {_shown(value)}; it must be {parameter.allowed}")
+            raise self._error(
+                path,
+                f"{self._method.name}.{parameter.name} is {_shown(value)}; it must be {parameter.allowed}",
+            )
         for i, point in enumerate(points):
             if problem := _problem(parameter, point):
                 here = (*path, i) if isinstance(value, list) else path
-                raise self._error(here, f"{self._method.name}.{parameter.name} is {_shown(point)}; it {problem}")
+                raise self._error(
+                    here, f"{self._method.name}.{parameter.name} is {_shown(point)}; it {problem}"
+                )
         return tuple(points)
 
     def _error(self, path: tuple[str | int, ...], message: str) -> RecipeError:
@@ -258,17 +291,24 @@ def _method(name: str, file: str, lines: Mapping[tuple[str | int, ...], int]) ->
     methods = all_methods()
     if name not in methods:
         at = f"{file}:{_line(lines, ('merge_method',))}"
-        raise RecipeError(f"{at}: no merge_method {name!r}{_nearest(name, list(methods))}; there are {', '.join(methods)}")
+        raise RecipeError(
+            f"{at}: no merge_method {name!r}{_nearest(name, list(methods))}; there are {', '.join(methods)}"
+        )
     return methods[name]
 
 
-def _check_bases(sections: Sections, method: Method, file: str, lines: Mapping[tuple[str | int, ...], int]) -> None:
+def _check_bases(
+    sections: Sections, method: Method, file: str, lines: Mapping[tuple[str | int, ...], int]
+) -> None:
     def fail(message: str, *path: str | int) -> RecipeError:
         return RecipeError(f"{file}:{_line(lines, path)}: {message}")
 
     names = [entry.model for entry in sections.models]
     if method.base != "donor" and sections.base_model is None:
-        raise fail(f"{method.name} needs base_model, the model that the others were made from", "merge_method")
+        raise fail(
+            f"{method.name} needs base_model, the model that the others were made from",
+            "merge_method",
+        )
     others = [n for n in names if n != sections.base_model]
     if method.base == "first" and sections.base_model not in names:
         others = names[:]
@@ -278,10 +318,19 @@ def _check_bases(sections: Sections, method: Method, file: str, lines: Mapping[t
         raise fail(f"{method.name} has no model beside its base; list at least one other", "models")
     if not low <= counted <= high:
         wanted = f"{low}" if low == high else f"{low} to {high}"
-        raise fail(f"{method.name} takes {wanted} models (its base included), not {counted}" if method.base == "first" else f"{method.name} takes {wanted} models, not {counted}", "models")
+        raise fail(
+            f"{method.name} takes {wanted} models (its base included), not {counted}"
+            if method.base == "first"
+            else f"{method.name} takes {wanted} models, not {counted}",
+            "models",
+        )
     for i, name in enumerate(names):
         if names.index(name) != i and method.base != "donor":
-            raise fail(f"model {name!r} is listed twice; give it one entry with the summed weight", "models", i)
+            raise fail(
+                f"model {name!r} is listed twice; give it one entry with the summed weight",
+                "models",
+                i,
+            )
 
 
 # -- YAML with line numbers ------------------------------------------------------------------------
@@ -315,15 +364,24 @@ def _load_yaml(text: str, file: str) -> tuple[Any, dict[tuple[str | int, ...], i
         raise RecipeError(f"{file}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise RecipeError(f"{file}:{line}: not YAML: {error.reason} (#x{error.character:04x})") from None
-    except Exception as error:  # PyYAML meets a wrong !!timestamp with AttributeError, !!bool with KeyError
+        raise RecipeError(
+            f"{file}:{line}: not YAML: {error.reason} (#x{error.character:04x})"
+        ) from None
+    except (
+        Exception
+    ) as error:  # PyYAML meets a wrong !!timestamp with AttributeError, !!bool with KeyError
         raise RecipeError(f"{file}:1: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise RecipeError(f"{file}:1: a recipe is a table of keys such as merge_method and models, not {type(data).__name__}")
+        raise RecipeError(
+            f"{file}:1: a recipe is a table of keys such as merge_method and models, not "
+            f"{type(data).__name__}"
+        )
     return data, lines
 
 
-def _collect_lines(node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int], file: str) -> None:
+def _collect_lines(
+    node: yaml.Node, path: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int], file: str
+) -> None:
     if len(lines) > _ALIAS_LIMIT:
         raise ValueError("too many values")
     lines.setdefault(path, node.start_mark.line + 1)
@@ -331,7 +389,10 @@ def _collect_lines(node: yaml.Node, path: tuple[str | int, ...], lines: dict[tup
         for key, value in node.value:
             here = (*path, str(key.value))
             if here in lines:
-                raise RecipeError(f"{file}:{key.start_mark.line + 1}: {key.value!r} is given twice (first in line {lines[here]})")
+                raise RecipeError(
+                    f"{file}:{key.start_mark.line + 1}: {key.value!r} is given twice (first in "
+                    f"line {lines[here]})"
+                )
             lines[here] = key.start_mark.line + 1
             _collect_lines(value, here, lines, file)
     elif isinstance(node, yaml.SequenceNode):
@@ -346,17 +407,26 @@ def _line(lines: Mapping[tuple[str | int, ...], int], path: Sequence[str | int])
     return 1
 
 
-def _validation_message(error: ValidationError, file: str, lines: Mapping[tuple[str | int, ...], int]) -> str:
+def _validation_message(
+    error: ValidationError, file: str, lines: Mapping[tuple[str | int, ...], int]
+) -> str:
     found = error.errors()
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # often the cause of others
+    first = next(
+        (e for e in found if e["type"] == "extra_forbidden"), found[0]
+    )  # often the cause of others
     path = first["loc"]
     name = ".".join(str(part) for part in path)
     at = f"{file}:{_line(lines, path)}"
     if first["type"] == "extra_forbidden":
         allowed = list(_fields_at(path[:-1]))
-        return f"{at}: unknown key {str(path[-1])!r}{_nearest(str(path[-1]), allowed)}; allowed: {', '.join(allowed)}"
+        said = f"{at}: unknown key {str(path[-1])!r}{_nearest(str(path[-1]), allowed)}"
+        return f"{said}; allowed: {', '.join(allowed)}"
     if first["type"] == "missing":
-        needs = "an entry of models needs model" if path[0] == "models" else "a recipe needs merge_method and models"
+        needs = (
+            "an entry of models needs model"
+            if path[0] == "models"
+            else "a recipe needs merge_method and models"
+        )
         return f"{at}: {name} is missing; {needs}"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{at}: {name} is {_shown(first['input'])}; {reason[0].lower() + reason[1:]}"

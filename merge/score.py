@@ -16,6 +16,7 @@ import yaml
 from merge.errors import RequestError, ScoreError
 from merge.shipped import shipped
 
+TINY = 64 << 20  # bytes of weights
 FLOAT32_LIMIT = 8 << 30  # bytes of weights up to which a CPU scores in float32, its fastest type
 
 
@@ -40,16 +41,25 @@ class Suite:
     @classmethod
     def named(cls, name: str, *, split: str = "heldout") -> "Suite":
         """A shipped suite, or one in a folder; split "search" takes its search_tasks."""
-        folder = Path(name) if (Path(name) / "suite.yaml").is_file() else shipped("evals/suites") / name
+        folder = (
+            Path(name) if (Path(name) / "suite.yaml").is_file() else shipped("evals/suites") / name
+        )
         if Path(name).is_absolute() or ".." in Path(name).parts:
             folder = Path(name)
         file = folder / "suite.yaml"
         if not file.is_file():
-            known = ", ".join(sorted(p.parent.name for p in shipped("evals/suites").glob("*/suite.yaml")))
-            raise RequestError(f"no suite {name!r}: neither a folder with suite.yaml nor one of {known}")
+            known = ", ".join(
+                sorted(p.parent.name for p in shipped("evals/suites").glob("*/suite.yaml"))
+            )
+            raise RequestError(
+                f"no suite {name!r}: neither a folder with suite.yaml nor one of {known}"
+            )
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
         key = "tasks" if split == "heldout" else "search_tasks"
-        tasks = [Task(t["task"], t["metric"], bool(t.get("higher_is_better", True))) for t in data.get(key, [])]
+        tasks = [
+            Task(t["task"], t["metric"], bool(t.get("higher_is_better", True)))
+            for t in data.get(key, [])
+        ]
         if not tasks:
             raise RequestError(f"{file}: lists no {key}")
         return cls(str(data["name"]), folder, tuple(tasks), int(data.get("batch_size", 1)))
@@ -113,17 +123,24 @@ def score_models(
     Raises RequestError where lm-eval is not installed, ScoreError where a model cannot be scored.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _quiet_libraries():
+    with _quiet_libraries(), _few_threads(folders):
         harness = _harness(suite)
         scored = []
         for folder, label in zip(folders, labels, strict=True):
             model = _load(folder, label, suite.batch_size)
-            scored.append(ModelScores(label, dict(_scored(model, label, suite, harness, limit, progress))))
+            scored.append(
+                ModelScores(label, dict(_scored(model, label, suite, harness, limit, progress)))
+            )
     return Scores(suite, tuple(scored))
 
 
 def _scored(
-    model: Any, label: str, suite: Suite, harness: Any, limit: int | None, progress: Callable[[int], None]
+    model: Any,
+    label: str,
+    suite: Suite,
+    harness: Any,
+    limit: int | None,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[str, Score]]:
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import get_task_dict
@@ -136,9 +153,14 @@ def _scored(
         stderr = results.get(f"{name}_stderr,{filtered or 'none'}")
         if value is None or not math.isfinite(value):
             have = ", ".join(k for k in results if "," in k and "_stderr" not in k)
-            raise ScoreError(f"{label}: task {task.name} gave {value} for {task.metric}; it has {have}")
+            raise ScoreError(
+                f"{label}: task {task.name} gave {value} for {task.metric}; it has {have}"
+            )
         known = stderr if isinstance(stderr, float | int) else math.nan
-        yield task.name, Score(float(value), float(known), int(found["n-samples"][task.name]["effective"]))
+        yield (
+            task.name,
+            Score(float(value), float(known), int(found["n-samples"][task.name]["effective"])),
+        )
         progress(1)
 
 
@@ -157,7 +179,7 @@ def _load(folder: Path, label: str, batch_size: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    size = _weight_bytes(folder)
     dtype = torch.float32 if device == "cpu" and size <= FLOAT32_LIMIT else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
@@ -178,7 +200,27 @@ def _check_logits(model: Any, tokenizer: Any, label: str) -> None:
     with torch.no_grad():
         finite = bool(torch.isfinite(model(ids).logits).all()) if ids.numel() else True
     if not finite:
-        raise ScoreError(f"{label}: its logits are not finite; its weights are damaged (mergetool verify)")
+        raise ScoreError(
+            f"{label}: its logits are not finite; its weights are damaged (mergetool verify)"
+        )
+
+
+@contextmanager
+def _few_threads(folders: Sequence[Path]) -> Iterator[None]:
+    """One thread for tiny models: two spend their time waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    if max(_weight_bytes(folder) for folder in folders) < TINY:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 @contextmanager
@@ -211,13 +253,23 @@ def table(scores: Scores) -> str:
     documents = min(s.documents for m in scores.models for s in m.tasks.values())
     lines = [_aligned(heads, widths), _aligned(["-" * w for w in widths], widths)]
     lines += [_aligned(row, widths) for row in rows]
-    return "\n".join([*lines, f"suite {scores.suite.name}: per cent and standard error, {documents} documents a task"])
+    return "\n".join(
+        [
+            *lines,
+            f"suite {scores.suite.name}: per cent and standard error, {documents} documents a task",
+        ]
+    )
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+    first, *rest = (
+        cell.ljust(w) if i == 0 else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
     return "  ".join([first, *rest]).rstrip()
 
 
 def _cell(value: float, stderr: float) -> str:
-    return f"{100 * value:.1f} ± {100 * stderr:.1f}" if math.isfinite(stderr) else f"{100 * value:.1f}"
+    return (
+        f"{100 * value:.1f} ± {100 * stderr:.1f}" if math.isfinite(stderr) else f"{100 * value:.1f}"
+    )

@@ -64,7 +64,14 @@ def run(
     method, allow = plan.recipe.method, plan.recipe.sections.allow_nonfinite
     with _Crew(budget.threads) as crew:
         for step in steps:
-            job = _Job(plan, step, Formula(step, method, budget.fuse, allow), writer, progress, block_rows(step, budget.block))
+            job = _Job(
+                plan,
+                step,
+                Formula(step, method, budget.fuse, allow),
+                writer,
+                progress,
+                block_rows(step, budget.block),
+            )
             if len(job.blocks) == 1:
                 crew.submit(job.run_alone)
             else:
@@ -77,7 +84,9 @@ def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
     held = slots.take(job.step, crew.check) if passes else None
     if held is not None:
         job.hold(held)
-    stats = _driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
+    stats = (
+        _driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
+    )
     merging = job.merging(stats)
     remaining = _Countdown(len(job.blocks), lambda: slots.give(held))
     for block in job.blocks:
@@ -216,7 +225,9 @@ class _Job:
     def _digests(self) -> StepDigests:
         count = len(self.step.inputs)
         starts = sorted(self.output_digests)
-        inputs = tuple(combined_digest(self.input_digests[i, a] for a in starts) for i in range(count))
+        inputs = tuple(
+            combined_digest(self.input_digests[i, a] for a in starts) for i in range(count)
+        )
         return StepDigests(combined_digest(self.output_digests[a] for a in starts), inputs)
 
 

@@ -26,7 +26,9 @@ PROVENANCE = "mergetool.json"
 READ_ROWS = 4  # grains read at once
 
 
-def verify_folder(folder: Path, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
+def verify_folder(
+    folder: Path, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, Any]:
     """What was verified, as a table; raises VerifyError at the first thing that is wrong.
 
     With a provenance file every tensor's shape, dtype and digest is compared with it; without one
@@ -46,11 +48,15 @@ def verify_folder(folder: Path, *, threads: int | None = None, progress: Callabl
             _check_tables(folder, source.tensors, expected)
             _check_files(folder, provenance["files"])
         except (AttributeError, KeyError, TypeError):
-            raise VerifyError(f"{folder / PROVENANCE}: damaged; it lists outputs and files") from None
+            raise VerifyError(
+                f"{folder / PROVENANCE}: damaged; it lists outputs and files"
+            ) from None
 
     def check(item: tuple[str, TensorInfo]) -> None:
         name, info = item
-        _check_tensor(folder, name, info, expected.get(name, {}).get("digest"), provenance is not None)
+        _check_tensor(
+            folder, name, info, expected.get(name, {}).get("digest"), provenance is not None
+        )
         progress(info.nbytes)
 
     _each(check, source.tensors.items(), threads)
@@ -58,11 +64,17 @@ def verify_folder(folder: Path, *, threads: int | None = None, progress: Callabl
         "folder": str(folder),
         "tensors": len(source.tensors),
         "bytes": sum(info.nbytes for info in source.tensors.values()),
-        "digests": "all equal" if provenance is not None else f"no {PROVENANCE}: headers and finite values checked only",
+        "digests": "all equal"
+        if provenance is not None
+        else f"no {PROVENANCE}: headers and finite values checked only",
     }
 
 
-def _each(check: Callable[[tuple[str, TensorInfo]], None], items: Iterable[tuple[str, TensorInfo]], threads: int | None) -> None:
+def _each(
+    check: Callable[[tuple[str, TensorInfo]], None],
+    items: Iterable[tuple[str, TensorInfo]],
+    threads: int | None,
+) -> None:
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         list(pool.map(check, items))
 
@@ -71,7 +83,9 @@ def _check_strays(folder: Path) -> None:
     known = set(weight_files(folder))
     strays = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in known)
     if strays:
-        raise VerifyError(f"{folder}: {strays[0]} is not in {INDEX}; a loader may take it for a part of the model")
+        raise VerifyError(
+            f"{folder}: {strays[0]} is not in {INDEX}; a loader may take it for a part of the model"
+        )
 
 
 def _check_tables(folder: Path, found: Any, expected: dict[str, Any]) -> None:
@@ -105,18 +119,25 @@ def _check_files(folder: Path, digests: dict[str, str]) -> None:
             raise VerifyError(f"{folder / file}: {part} changed since it was written")
 
 
-def _check_tensor(folder: Path, name: str, info: TensorInfo, digest: str | None, known: bool) -> None:
+def _check_tensor(
+    folder: Path, name: str, info: TensorInfo, digest: str | None, known: bool
+) -> None:
     descriptor = os.open(info.file, os.O_RDONLY)
     try:
         if known:
             found = stored_digest(descriptor, info.offset, info.shape, info.dtype)
             if found != digest:
-                raise VerifyError(f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes changed since it was written")
+                raise VerifyError(
+                    f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes "
+                    f"changed since it was written"
+                )
             return
         for first, rows in _grains(descriptor, info.offset, info.shape, info.dtype):
             at = first_nonfinite(rows, info.dtype)
             if at is not None:
-                raise VerifyError(f"{folder}: tensor {name!r} holds NaN or infinity in element {first * info.cols + at}")
+                raise VerifyError(
+                    f"{folder}: tensor {name!r} holds NaN or infinity in element {first * info.cols + at}"
+                )
     finally:
         os.close(descriptor)
 
@@ -129,7 +150,9 @@ def verify_loading(folder: Path) -> dict[str, Any]:
     import transformers
 
     names = read_json(folder / "config.json").get("architectures")
-    named = [getattr(transformers, str(n), None) for n in (names if isinstance(names, list) else ())]
+    named = [
+        getattr(transformers, str(n), None) for n in (names if isinstance(names, list) else ())
+    ]
     loaders = [transformers.AutoModelForCausalLM, *filter(None, named), transformers.AutoModel]
     told = transformers.logging.get_verbosity()
     bar = transformers.logging.is_progress_bar_enabled()
@@ -148,7 +171,9 @@ def verify_loading(folder: Path) -> dict[str, Any]:
         ("mismatched_keys", "has another shape than expected"),
     ):
         for name in sorted(map(str, found.get(what) or ())):
-            raise VerifyError(f"{folder}: tensor {name!r} {problem} when loaded as {type(model).__name__}")
+            raise VerifyError(
+                f"{folder}: tensor {name!r} {problem} when loaded as {type(model).__name__}"
+            )
     return {"loads_as": type(model).__name__}
 
 
@@ -162,7 +187,9 @@ def _check_size(folder: Path) -> None:
         with torch.device("meta"):  # shapes alone
             body = AutoModel.from_config(config, trust_remote_code=False)
     except Exception as error:
-        raise VerifyError(f"{folder}: cannot be loaded with transformers: {_reason(error)}") from None
+        raise VerifyError(
+            f"{folder}: cannot be loaded with transformers: {_reason(error)}"
+        ) from None
     described = sum(parameter.numel() for parameter in body.parameters())
     stored = sum(info.rows * info.cols for info in open_safetensors(folder).tensors.values())
     if described > 2 * stored:
@@ -195,12 +222,16 @@ def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
 def stored_digest(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) -> str | None:
     """Digest of a tensor as it lies in a file; None where the file ends before it does."""
     try:
-        return combined_digest(grain_digest(rows) for _, rows in _grains(descriptor, offset, shape, dtype))
+        return combined_digest(
+            grain_digest(rows) for _, rows in _grains(descriptor, offset, shape, dtype)
+        )
     except EOFError:
         return None
 
 
-def _grains(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) -> Iterable[tuple[int, Any]]:
+def _grains(
+    descriptor: int, offset: int, shape: tuple[int, ...], dtype: str
+) -> Iterable[tuple[int, Any]]:
     """(first row, rows) of every grain of a stored tensor, in memory that is reused."""
     rows, cols = rows_and_cols(shape)
     grain = grain_rows(shape)

@@ -66,7 +66,11 @@ def _shard(file: str, steps: Sequence[Step]) -> Shard:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for step in steps:
-        header[step.name] = {"dtype": step.dtype, "shape": step.shape, "data_offsets": [end, end + step.nbytes]}
+        header[step.name] = {
+            "dtype": step.dtype,
+            "shape": step.shape,
+            "data_offsets": [end, end + step.nbytes],
+        }
         end += step.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
@@ -105,7 +109,9 @@ class PartialFolder:
                 raise BlockingIOError
         except BlockingIOError:
             os.close(self._lock)
-            raise OutputError(f"{self.final}: another run is writing there; wait for it or choose another output") from None
+            raise OutputError(
+                f"{self.final}: another run is writing there; wait for it or choose another output"
+            ) from None
         try:
             self._open()
         except BaseException:
@@ -169,7 +175,9 @@ class PartialFolder:
         """Raises ReadError when an input file is not what it was when this run began."""
         for path, before in self._inputs.items():
             if _stamp(Path(path)) != before:
-                raise ReadError(f"{path}: changed while it was being merged; start over with --restart")
+                raise ReadError(
+                    f"{path}: changed while it was being merged; start over with --restart"
+                )
 
     # -- opening ------------------------------------------------------------------------------------
 
@@ -186,7 +194,9 @@ class PartialFolder:
                 shutil.rmtree(self.model, ignore_errors=True)
             self.model.mkdir(exist_ok=True)
             self._open_files()
-            self._journal = os.open(journal, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._journal = os.open(
+                journal, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o644
+            )
             os.ftruncate(self._journal, whole_bytes)
         if not lines:
             self._note({"plan": self.plan.digest, "inputs": self._inputs})
@@ -194,17 +204,28 @@ class PartialFolder:
 
     def _check_same_merge(self, begun: Mapping[str, Any]) -> None:
         if begun.get("plan") != self.plan.digest:
-            raise OutputError(f"{self.partial}: holds an unfinished merge of another recipe; finish it, choose another output, or give --restart to discard it")
+            raise OutputError(
+                f"{self.partial}: holds an unfinished merge of another recipe; finish it, "
+                f"choose another output, or give --restart to discard it"
+            )
         before = begun.get("inputs", {})
         for path in (*before, *self._inputs):
             if self._inputs.get(path) != before.get(path):
-                raise OutputError(f"{path}: changed since the merge in {self.partial} was interrupted; restore it, or give --restart to begin again")
+                raise OutputError(
+                    f"{path}: changed since the merge in {self.partial} was interrupted; "
+                    f"restore it, or give --restart to begin again"
+                )
         if list(before) != list(self._inputs):
-            raise OutputError(f"{self.partial}: holds an unfinished merge of these models in another order; give --restart to discard it")
+            raise OutputError(
+                f"{self.partial}: holds an unfinished merge of these models in another order; "
+                f"give --restart to discard it"
+            )
 
     def _open_files(self) -> None:
         for shard in self.shards:
-            descriptor = os.open(self.model / shard.file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(
+                self.model / shard.file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644
+            )
             self._descriptors[shard.file] = descriptor
             if os.fstat(descriptor).st_size != shard.size:
                 _allocate(descriptor, shard.size)
@@ -214,10 +235,16 @@ class PartialFolder:
         steps = {step.name: step for step in self.plan.steps}
         for line in lines:
             step = steps.get(str(line.get("step")))
-            if step is None or not isinstance(line.get("inputs"), list) or len(line["inputs"]) != len(step.inputs):
+            if (
+                step is None
+                or not isinstance(line.get("inputs"), list)
+                or len(line["inputs"]) != len(step.inputs)
+            ):
                 continue
             file, start = self._places[step.name]
-            if stored_digest(self._descriptors[file], start, step.shape, step.dtype) == line.get("output"):
+            if stored_digest(self._descriptors[file], start, step.shape, step.dtype) == line.get(
+                "output"
+            ):
                 self.digests[step.name] = StepDigests(line["output"], tuple(line["inputs"]))
 
     def _note(self, line: Mapping[str, Any]) -> None:
@@ -279,7 +306,10 @@ def check_own(partial: Path) -> None:
         return
     names = {p.name for p in partial.iterdir()} if partial.is_dir() else {"a file"}
     if not names <= {LOCK, JOURNAL, MODEL, REPLACED} or names == {MODEL}:
-        raise OutputError(f"{partial}: is needed for the unfinished merge, but holds something else; move it or choose another output")
+        raise OutputError(
+            f"{partial}: is needed for the unfinished merge, but holds something else; move it "
+            f"or choose another output"
+        )
 
 
 class writing:  # noqa: N801 - reads as a statement
@@ -295,5 +325,8 @@ class writing:  # noqa: N801 - reads as a statement
         if not isinstance(error, OSError):
             return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise WriteError(f"{self._place}: the disk is full; free some room and run the same command, which goes on from here") from None
+            raise WriteError(
+                f"{self._place}: the disk is full; free some room and run the same command, "
+                f"which goes on from here"
+            ) from None
         raise WriteError(f"{self._place}: cannot be written: {error.strerror or error}") from None

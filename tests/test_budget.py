@@ -42,13 +42,18 @@ def recipe_of(folder: Path, case: Case, values: list[NDArray[np.uint16]]) -> Pat
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=lambda c: c.method)
-@pytest.mark.parametrize(("memory", "fuse"), [("2GiB", "numpy"), ("512MiB", "fused"), ("300MiB", "numpy")])
+@pytest.mark.parametrize(
+    ("memory", "fuse"), [("2GiB", "numpy"), ("512MiB", "fused"), ("300MiB", "numpy")]
+)
 def test_measured_peak_is_below_the_projected_one(
     case: Case, memory: str, fuse: str, values: list[NDArray[np.uint16]], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tmp_path, case, values)
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(recipe), memory, fuse], capture_output=True, text=True, check=True
+        [sys.executable, "-c", RUN, str(recipe), memory, fuse],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     projected, measured = map(int, done.stdout.split())
     assert measured <= projected
@@ -58,7 +63,9 @@ def test_the_smallest_cap_named_is_the_smallest_that_works(
     values: list[NDArray[np.uint16]], tmp_path: Path
 ) -> None:
     plan = plan_recipe(recipe_of(tmp_path, ONE_EACH[-1], values))
-    with pytest.raises(PlanError, match=r"--memory 8MiB is too small for this merge; \d+MiB") as error:
+    with pytest.raises(
+        PlanError, match=r"--memory 8MiB is too small for this merge; \d+MiB"
+    ) as error:
         make_budget(plan, "8MiB")
     least = int(str(error.value).split("; ")[1].split("MiB")[0])
     assert make_budget(plan, f"{least}MiB").peak <= least << 20

@@ -66,7 +66,10 @@ def test_sums_and_counts_are_numpys(size: int) -> None:
         found = _run_loop(traced(function, [a.dtype], kind), kind, [a], 0)
         expected = [_REDUCED[kind](v) for v in function([a])]
         assert all(f.tobytes() == e.tobytes() for f, e in zip(found, expected, strict=True))
-    assert sum(c.sum() for c in _run_loop(traced(tops, [a.dtype], "count"), "count", [a], 0)) <= 2 * a.size
+    assert (
+        sum(c.sum() for c in _run_loop(traced(tops, [a.dtype], "count"), "count", [a], 0))
+        <= 2 * a.size
+    )
     assert BINS == 1 << 16
 
 
@@ -77,9 +80,7 @@ def test_element_numbers_run_on() -> None:
 
 
 def test_numbers_are_arguments_of_one_loop() -> None:
-    one, other = (
-        traced(lambda x, i, h, w=w: [x[0] * w], [A.dtype], "store") for w in (0.25, 0.75)
-    )
+    one, other = (traced(lambda x, i, h, w=w: [x[0] * w], [A.dtype], "store") for w in (0.25, 0.75))
     assert one.source == other.source
     assert one.numbers[0] == 0.25
     assert other.numbers[0] == 0.75
@@ -105,7 +106,7 @@ def test_what_is_not_element_wise_is_refused(function: Callable[[Any], Any]) -> 
 
 
 def test_a_loop_that_disagrees_with_numpy_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    wrong = traced(lambda x, index, high: [x[0] * 3.0], [A.dtype], "store")
+    wrong = traced(lambda x, index, high: [x[0] * 3.0 - 7.0], [A.dtype], "store")
     function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", wrong)
     for _ in range(2):
         assert np.array_equal(function(([A[1:]], 0))[0], A[1:] * 2.0)
@@ -113,7 +114,7 @@ def test_a_loop_that_disagrees_with_numpy_is_not_used(caplog: pytest.LogCaptureF
 
 
 def test_a_loop_that_does_not_compile_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    broken = traced(lambda x, index, high: [x[0] * 5.0], [A.dtype], "store")
+    broken = traced(lambda x, index, high: [x[0] * 5.0 - 8.0], [A.dtype], "store")
     broken = Loop(broken.source.replace("* f4_0", "* no_such_name"), broken.numbers, broken.outputs)
     function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", broken)
     assert np.array_equal(function(([A[1:]], 0))[0], A[1:] * 2.0)

@@ -16,20 +16,38 @@ def blocks(language: str) -> list[str]:
 def test_recipe_commands_and_python_run_as_written(tmp_path: Path) -> None:
     (recipe,) = blocks("yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = [line.split("   #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    commands = [
+        line.split("   #")[0].strip() for block in blocks("sh") for line in block.splitlines()
+    ]
     mine = [line for line in commands if line.startswith("mergetool")]
     assert len(mine) >= 6
     for line in mine:
-        done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     (example,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", example],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.splitlines()[-1] == "all equal", done.stderr
 
 
 def test_make_targets_exist() -> None:
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    targets = [line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make")]
+    targets = [
+        line.split()[1]
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("make")
+    ]
     assert targets == ["quickstart", "test"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)

@@ -57,6 +57,7 @@ Statistic = NDArray[Any]
 Passes = Generator[Sums | Counts, Statistic, Any]
 
 
+LARGEST = float(np.finfo(np.float32).max)
 PER_MODEL = object()
 PerModel = Annotated[list[T], PER_MODEL]  # a parameter with one value per model
 
@@ -75,7 +76,7 @@ class Range:
     above_low: bool = False
 
     def holds(self, value: float) -> bool:
-        if not math.isfinite(value) or abs(value) > np.finfo(np.float32).max:
+        if not abs(value) <= LARGEST:  # NaN too, and integers that no float holds
             return False
         return (value > self.low if self.above_low else value >= self.low) and value <= self.high
 
@@ -185,9 +186,7 @@ def method(
         takes = tuple(n for n, p in signature.parameters.items() if p.kind is not p.KEYWORD_ONLY)
         texts = _parameter_texts(inspect.getdoc(function) or "")
         parameters = [
-            _parameter(p, texts)
-            for p in signature.parameters.values()
-            if p.kind is p.KEYWORD_ONLY
+            _parameter(p, texts) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
         ]
         _REGISTRY[function.__name__] = Method(
             function.__name__, function, space, base, models, passes, workspace, paper,

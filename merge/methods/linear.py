@@ -40,7 +40,12 @@ def linear(x: Models, *, weight: PerModel[Weight], normalize: bool = True) -> Ar
 
 @method(space="delta", base="required", paper="arXiv:2212.04089", workspace=2)
 def task_arithmetic(
-    x: Models, *, weight: PerModel[Weight], normalize: bool = False, lambda_: Weight = 1.0
+    x: Models,
+    *,
+    weight: PerModel[Weight],
+    normalize: bool = False,
+    lambda_: Weight = 1.0,
+    int8_mask: bool = False,
 ) -> Array:
     """The base plus weighted task vectors: base + lambda * sum(w_i (x_i - base)).
 
@@ -48,6 +53,7 @@ def task_arithmetic(
         weight: coefficient of this model's task vector
         normalize: divide the weights by the sum of their magnitudes, so that signs are kept
         lambda: scale of the summed task vector
+        int8_mask: accepted for mergekit's sake; without effect
     """
     return weighted_sum(x, scaled_weights(weight, normalize, lambda_))
 

@@ -122,4 +122,3 @@ def ties(
         x, weight, normalize=normalize, lambda_=lambda_,
         weights_in_election=weights_in_election, signed_divisor=signed_divisor,
     )  # fmt: skip
-

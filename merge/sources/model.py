@@ -33,7 +33,11 @@ class Model:
 
     @property
     def tied(self) -> bool:
-        return bool(_text_config(self.config).get("tie_word_embeddings", self.config.get("tie_word_embeddings", False)))
+        return bool(
+            _text_config(self.config).get(
+                "tie_word_embeddings", self.config.get("tie_word_embeddings", False)
+            )
+        )
 
     def files(self) -> list[Path]:
         """The weight files, for telling later whether they changed."""
@@ -85,15 +89,22 @@ def locate(
     places = {(start / _at_home(label)).resolve() for start in (Path(), *beside)}
     found = [place for place in places if _is_folder(place)]
     if len(found) > 1:
-        raise SourceError(f"model {label!r} is both {found[0]} and {found[1]}; write the whole path")
+        raise SourceError(
+            f"model {label!r} is both {found[0]} and {found[1]}; write the whole path"
+        )
     if found:
         return found[0], None
     if "+" in label:
-        raise SourceError(f"model {label!r}: adapters (model+adapter) cannot be merged yet; merge the adapter into its base first")
+        raise SourceError(
+            f"model {label!r}: adapters (model+adapter) cannot be merged yet; merge the "
+            f"adapter into its base first"
+        )
     hub = HUB_ID.match(label)
     if fetch and hub and not label.startswith((".", "/", "~")):
         return fetch(hub["repo"], hub["revision"])
-    raise SourceError(f"model {label!r}: no such folder, and not a hub id (owner/name or owner/name@revision)")
+    raise SourceError(
+        f"model {label!r}: no such folder, and not a hub id (owner/name or owner/name@revision)"
+    )
 
 
 def _at_home(label: str) -> Path:
@@ -113,7 +124,11 @@ def _is_folder(place: Path) -> bool:
 def _in_zoo(label: str) -> Path:
     zoo = shipped("evals/zoo")
     folder = zoo / label.removeprefix(ZOO)
-    if not re.fullmatch(r"[\w.-]+", folder.name) or folder.parent != zoo or not (folder / "config.json").is_file():
+    if (
+        not re.fullmatch(r"[\w.-]+", folder.name)
+        or folder.parent != zoo
+        or not (folder / "config.json").is_file()
+    ):
         names = ", ".join(ZOO + p.parent.name for p in sorted(zoo.glob("*/config.json")))
         raise SourceError(f"model {label!r}: not in the tiny model family; it has {names}")
     return folder

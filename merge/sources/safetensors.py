@@ -75,7 +75,9 @@ def read_index(index: Path) -> dict[str, str]:
         raise SourceError(f"{index}: not a shard index ({error}); it needs a weight_map") from None
     for file in files.values():
         if Path(file).name != file or file == ".." or not file.isprintable():
-            raise SourceError(f"{index}: file {file!r} is not in this folder; only plain names are read")
+            raise SourceError(
+                f"{index}: file {file!r} is not in this folder; only plain names are read"
+            )
     if not files:
         raise SourceError(f"{index}: names no tensors")
     return files
@@ -183,7 +185,9 @@ def _check_ranges(file: str, tensors: Mapping[str, TensorInfo], start: int, size
         if info.offset < reached:
             raise SourceError(f"{file}: tensors {last!r} and {name!r} overlap")
         if info.offset > reached:
-            raise SourceError(f"{file}: {info.offset - reached} bytes before tensor {name!r} belong to none")
+            raise SourceError(
+                f"{file}: {info.offset - reached} bytes before tensor {name!r} belong to none"
+            )
         reached, last = info.offset + info.nbytes, name
     if reached < size:
         raise SourceError(f"{file}: {size - reached} bytes at its end belong to no tensor")
@@ -209,7 +213,9 @@ class PositionedReader:
             try:
                 got = os.preadv(self._descriptor(info.file), [out[done:wanted]], position + done)
             except OSError as error:
-                raise ReadError(f"{info.file}: cannot read tensor {name!r}: {error.strerror}") from None
+                raise ReadError(
+                    f"{info.file}: cannot read tensor {name!r}: {error.strerror}"
+                ) from None
             if got == 0:
                 raise ReadError(
                     f"{info.file}: ends inside tensor {name!r} (byte {position + done}); "

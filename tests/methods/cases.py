@@ -31,6 +31,7 @@ class Case:
 
 
 W = [0.5, 0.3, -0.2]
+MERGEKITS_WAY = {"weights_in_election": True, "signed_divisor": True}
 CASES = [
     Case("linear", 3, {"weight": [1.0, 2.0, 0.5]}),
     Case("linear", 3, {"weight": W}, {"normalize": False}),
@@ -41,7 +42,7 @@ CASES = [
     Case("task_arithmetic", 3, {"weight": W}, {"normalize": True, "lambda": 0.8}),
     Case("ties", 3, {"weight": W, "density": [0.5, 0.71, 0.3]}),
     Case("ties", 3, {"weight": W, "density": [1.0, 0.2, 1.0]}, {"normalize": False, "lambda": 1.3}),
-    Case("ties", 3, {"weight": W, "density": [0.5] * 3}, {"weights_in_election": True, "signed_divisor": True}),
+    Case("ties", 3, {"weight": W, "density": [0.5] * 3}, MERGEKITS_WAY),
     Case("dare_linear", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
     Case("dare_linear", 3, {"weight": W, "density": [0.5] * 3}, {"rescale": False, "normalize": True}),
     Case("dare_ties", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
@@ -55,11 +56,16 @@ def needs_base(case: Case) -> bool:
     return case.method not in ("linear", "passthrough")
 
 
-def write_case(folder: Path, case: Case, models: list[Values], base: Values, dtype: str, **keys: Any) -> Path:
+def write_case(
+    folder: Path, case: Case, models: list[Values], base: Values, dtype: str, **keys: Any
+) -> Path:
     """Model folders m0, m1, ... and base, and the recipe of `case` over them."""
     for i, values in enumerate(models):
         write_model(folder / f"m{i}", typed(values, dtype))
-    entries = [{"model": f"m{i}", "parameters": {k: v[i] for k, v in case.own.items()}} for i in range(case.models)]
+    entries = [
+        {"model": f"m{i}", "parameters": {k: v[i] for k, v in case.own.items()}}
+        for i in range(case.models)
+    ]
     if case.method == "slerp":
         keys["base_model"] = "m0"
     elif needs_base(case):

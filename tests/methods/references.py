@@ -12,7 +12,9 @@ Tensor = NDArray[np.float64]
 Reference = Callable[..., Tensor]
 
 
-def linear(x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float], normalize: bool) -> Tensor:
+def linear(
+    x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float], normalize: bool
+) -> Tensor:
     total = sum(w * m for w, m in zip(weight, x, strict=True))
     return np.asarray(total / sum(weight) if normalize else total)
 
@@ -48,9 +50,15 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
     return np.where(np.abs(delta) >= threshold, delta, 0.0)
 
 
-def elect_and_merge(deltas: list[Tensor], *, weight: list[float], normalize: bool, **rest: Any) -> Tensor:
+def elect_and_merge(
+    deltas: list[Tensor], *, weight: list[float], normalize: bool, **rest: Any
+) -> Tensor:
     """Sections 3.2 and 3.3 of the TIES paper, with a weight per model."""
-    votes = [w * d for w, d in zip(weight, deltas, strict=True)] if rest["weights_in_election"] else deltas
+    votes = (
+        [w * d for w, d in zip(weight, deltas, strict=True)]
+        if rest["weights_in_election"]
+        else deltas
+    )
     sign = np.sign(sum(votes))
     total, divisor = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
     for vote, delta, w in zip(votes, deltas, weight, strict=True):
@@ -69,7 +77,9 @@ def ties(x: list[Tensor], base: Tensor, name: str, *, density: list[float], **re
     return np.asarray(base + elect_and_merge(kept, **rest))
 
 
-def dropped(x: list[Tensor], base: Tensor, name: str, density: list[float], rescale: bool, seed: int) -> list[Tensor]:
+def dropped(
+    x: list[Tensor], base: Tensor, name: str, density: list[float], rescale: bool, seed: int
+) -> list[Tensor]:
     """Section 3.1 of the DARE paper with the documented masks: kept where random < density 2**32."""
     out = []
     for i, (model, p) in enumerate(zip(x, density, strict=True)):
@@ -89,7 +99,14 @@ def dare_linear(
 
 
 def dare_ties(
-    x: list[Tensor], base: Tensor, name: str, *, density: list[float], rescale: bool, seed: int, **rest: Any
+    x: list[Tensor],
+    base: Tensor,
+    name: str,
+    *,
+    density: list[float],
+    rescale: bool,
+    seed: int,
+    **rest: Any,
 ) -> Tensor:
     kept = dropped(x, base, name, density, rescale, seed)
     return np.asarray(base + elect_and_merge(kept, **rest))

@@ -14,7 +14,8 @@ from merge.pipeline import run_recipe
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 _spec = importlib.util.spec_from_file_location("oracle_make", ORACLE / "make.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 oracle = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(oracle)
 RESULTS = load_file(oracle.RESULTS)
@@ -31,9 +32,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", oracle.RECIPES)
 def test_equal_within_float32_rounding(name: str, models: Path) -> None:
     recipe = models / f"{name}.yaml"
-    recipe.write_text(yaml.safe_dump(oracle.RECIPES[name] | {"compat": "mergekit"}, sort_keys=False))
+    recipe.write_text(
+        yaml.safe_dump(oracle.RECIPES[name] | {"compat": "mergekit"}, sort_keys=False)
+    )
     found = read_values(run_recipe(recipe, models / f"out-{name}").folder)
-    expected = {k.removeprefix(f"{name}/"): v for k, v in RESULTS.items() if k.startswith(f"{name}/")}
+    expected = {
+        k.removeprefix(f"{name}/"): v for k, v in RESULTS.items() if k.startswith(f"{name}/")
+    }
     assert found.keys() == expected.keys()
     for tensor, values in expected.items():
         if name == "linear_gradient" and tensor in ("model.norm.weight", "lm_head.weight"):
@@ -48,5 +53,7 @@ def test_gradients_end_at_the_last_layer(models: Path) -> None:
     recipe.write_text(yaml.safe_dump(oracle.RECIPES["linear_gradient"]))
     found = read_values(run_recipe(recipe, models / "out-gradient-own").folder)
     inputs = oracle.inputs()
-    head = (0.9 * inputs["a"]["lm_head.weight"] + 0.1 * inputs["b"]["lm_head.weight"]).astype(np.float32)
+    head = (0.9 * inputs["a"]["lm_head.weight"] + 0.1 * inputs["b"]["lm_head.weight"]).astype(
+        np.float32
+    )
     assert np.allclose(found["lm_head.weight"], head, rtol=0, atol=1e-6)

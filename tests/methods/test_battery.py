@@ -32,7 +32,9 @@ def family(shape: tuple[int, ...], models: int, dtype: str = "F32", size: float 
     return base, tuned
 
 
-def run(case: Case, shape: tuple[int, ...], dtype: str = "F32", **options: Any) -> tuple[NDArray[Any], Any, Path]:
+def run(
+    case: Case, shape: tuple[int, ...], dtype: str = "F32", **options: Any
+) -> tuple[NDArray[Any], Any, Path]:
     base, models = family(shape, case.models)
     folder = Path(tempfile.mkdtemp())
     keys = options.pop("keys", {})
@@ -63,19 +65,25 @@ def test_equals_its_paper_in_float64(case: Case, dtype: str, fuse: bool) -> None
 @every_case
 @given(rows=st.integers(1, 700), cols=st.sampled_from([1, 3, 1000, 1024, 4099]), data=st.data())
 @settings(max_examples=4)
-def test_bits_do_not_depend_on_blocks_threads_or_compiling(case: Case, rows: int, cols: int, data: Any) -> None:
+def test_bits_do_not_depend_on_blocks_threads_or_compiling(
+    case: Case, rows: int, cols: int, data: Any
+) -> None:
     folder = Path(tempfile.mkdtemp())
     base, models = family((rows, cols), case.models)
     recipe = write_case(folder, case, models, base, data.draw(st.sampled_from(["F32", "BF16"])))
     found = set()
-    for i, (threads, memory, fuse) in enumerate([(1, "4GiB", False), (3, "4GiB", True), (2, "1GiB", False)]):
+    for i, (threads, memory, fuse) in enumerate(
+        [(1, "4GiB", False), (3, "4GiB", True), (2, "1GiB", False)]
+    ):
         _, result = merged(recipe, into=f"out{i}", threads=threads, memory=memory, fuse=fuse)
         found.add(json.dumps(contents(result.folder)))
     assert len(found) == 1
 
 
 @every_case
-def test_smallest_blocks_read_again_give_the_same_bits(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smallest_blocks_read_again_give_the_same_bits(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One grain a block and no held inputs, against blocks of many grains held between passes."""
     import merge.budget
 
@@ -190,7 +198,9 @@ def test_dare_masks_differ_between_models_tensors_and_seeds() -> None:
     masks = []
     for seed in (0, 1):
         folder = Path(tempfile.mkdtemp())
-        case = Case("dare_linear", 2, {"weight": [1.0, 10.0], "density": [0.5, 0.5]}, {"seed": seed})
+        case = Case(
+            "dare_linear", 2, {"weight": [1.0, 10.0], "density": [0.5, 0.5]}, {"seed": seed}
+        )
         found, _ = merged(write_case(folder, case, [ones, ones], base, "F32"))
         for name in base:
             masks += [found[name] % 20 != 0, found[name] >= 20]

@@ -35,14 +35,23 @@ def _delta(merge_method: str, parameters: dict[str, Any], **own: list[float]) ->
         {"model": name, "parameters": {key: values[i] for key, values in own.items()}}
         for i, name in enumerate(("a", "b", "c"))
     ]
-    recipe = {"merge_method": merge_method, "base_model": "base", "models": models, "dtype": "float32"}
+    recipe = {
+        "merge_method": merge_method,
+        "base_model": "base",
+        "models": models,
+        "dtype": "float32",
+    }
     return recipe | ({"parameters": parameters} if parameters else {})
+
+
+def _without_base(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "base_model"}
 
 
 WEIGHTS = [0.5, 0.3, 0.2]
 RECIPES: dict[str, dict[str, Any]] = {
-    "linear": {k: v for k, v in _delta("linear", {}, weight=[1.0, 2.0, 0.5]).items() if k != "base_model"},
-    "linear_sum": {k: v for k, v in _delta("linear", {"normalize": False}, weight=WEIGHTS).items() if k != "base_model"},
+    "linear": _without_base(_delta("linear", {}, weight=[1.0, 2.0, 0.5])),
+    "linear_sum": _without_base(_delta("linear", {"normalize": False}, weight=WEIGHTS)),
     "linear_gradient": {
         "merge_method": "linear", "dtype": "float32",
         "models": [
@@ -55,9 +64,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "models": [{"model": "a"}, {"model": "b"}], "parameters": {"t": 0.3},
     },
     "task_arithmetic": _delta("task_arithmetic", {}, weight=WEIGHTS),
-    "task_arithmetic_normalized": _delta("task_arithmetic", {"normalize": True, "lambda": 0.8}, weight=WEIGHTS),
+    "task_arithmetic_normalized": _delta(
+        "task_arithmetic", {"normalize": True, "lambda": 0.8}, weight=WEIGHTS
+    ),
     "ties": _delta("ties", {}, weight=WEIGHTS, density=[0.5, 0.7, 0.3]),
-    "ties_sum": _delta("ties", {"normalize": False, "lambda": 1.3}, weight=[1.0, 1.0, 1.0], density=[0.5] * 3),
+    "ties_sum": _delta(
+        "ties", {"normalize": False, "lambda": 1.3}, weight=[1.0] * 3, density=[0.5] * 3
+    ),
     "dare_linear": _delta("dare_linear", {}, weight=WEIGHTS, density=[1.0] * 3),
     "dare_ties": _delta("dare_ties", {"normalize": True}, weight=WEIGHTS, density=[1.0] * 3),
     "passthrough": {"merge_method": "passthrough", "dtype": "float32", "models": [{"model": "a"}]},
@@ -97,7 +110,9 @@ def main(python: str) -> None:
             command = Path(python).with_name("mergekit-yaml")
             out = folder / f"out-{name}"
             subprocess.run(
-                [command, "recipe.yaml", out, "--no-copy-tokenizer", "--no-write-model-card"], cwd=folder, check=True
+                [command, "recipe.yaml", out, "--no-copy-tokenizer", "--no-write-model-card"],
+                cwd=folder,
+                check=True,
             )
             merged: dict[str, NDArray[Any]] = {}
             for file in out.glob("*.safetensors"):
