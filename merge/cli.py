@@ -184,7 +184,8 @@ def plan_command(
     Example: mergetool plan recipe.yaml --memory 2GiB --tensor layers.3.mlp
     """
     from merge.budget import make_budget
-    from merge.pipeline import free_bytes, plan_recipe
+    from merge.output import free_bytes
+    from merge.pipeline import plan_recipe
 
     plan = plan_recipe(find_recipe(recipe), offline=offline, peek=True)
     budget = make_budget(plan, memory, threads)
@@ -368,7 +369,7 @@ def _say_notes(plan: "Plan") -> None:
 
 
 def _gb(size: int) -> str:
-    from merge.pipeline import shown_bytes
+    from merge.output import shown_bytes
 
     return shown_bytes(size)
 

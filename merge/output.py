@@ -1,0 +1,121 @@
+"""Is the output folder a place for this merge: free, large enough, or this very merge already?"""
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+from merge.agreement import canonical
+from merge.carry import told_inputs
+from merge.errors import OutputError, PlanError
+from merge.plan import Operand, Plan
+from merge.stream import StepDigests
+from merge.verify import provenance_of, stored_digest
+from merge.write import partial_of
+
+
+class Progress(Protocol):
+    """A stage of long work: called with its name and size in bytes, gives a context whose value is
+    called with every number of bytes done."""
+
+    def __call__(self, stage: str, total: int) -> AbstractContextManager[Callable[[int], None]]: ...
+
+
+def usable(folder: Path, plan: Plan) -> Path:
+    """`folder`, links followed; raises OutputError where no output can go."""
+    try:
+        if folder.is_symlink() or folder.name in ("", ".."):
+            folder = folder.resolve()
+        whole = folder.resolve()
+        partial_of(whole).exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or none
+        reason = getattr(error, "strerror", None) or "has no name"
+        raise OutputError(
+            f"{folder}: is no place for a model ({reason}); choose another output"
+        ) from None
+    for part in (whole, *whole.parents):
+        if part.exists() and not part.is_dir():
+            raise OutputError(f"{part}: is a file; choose another output")
+    for model in plan.models:
+        if model.folder.resolve() in (whole, *whole.parents):
+            raise OutputError(
+                f"{folder}: is or lies in the folder of {model.label}; choose another output"
+            )
+        if whole in model.folder.resolve().parents:
+            raise OutputError(
+                f"{folder}: the folder of {model.label} lies in it; choose another output"
+            )
+    return folder
+
+
+def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress) -> bool:
+    """Whether `folder` is this very merge of these very inputs; OutputError when it is something else."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    made = provenance_of(folder)
+    if made is None:
+        raise OutputError(
+            f"{folder}: exists and was not made by mergetool; choose another output, or give "
+            f"--overwrite to replace it"
+        )
+    same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(
+        _input_sizes(plan)
+    )
+    if not same or made.get("inputs") != told_inputs(plan, _input_digests(plan, threads, progress)):
+        raise OutputError(
+            f"{folder}: holds a finished merge of another recipe or of other models; choose "
+            f"another output, or give --overwrite to replace it"
+        )
+    return True
+
+
+def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, StepDigests]:
+    """Digests of all inputs as they are now: another model of the same name and size is another merge."""
+
+    def digest(operand: Operand) -> str:
+        info = operand.info
+        descriptor = os.open(info.file, os.O_RDONLY)
+        try:
+            found = stored_digest(descriptor, info.offset, info.shape, info.dtype)
+        finally:
+            os.close(descriptor)
+        count(info.nbytes)
+        return found or ""
+
+    with progress("compare", plan.read_bytes) as count, ThreadPoolExecutor(threads) as pool:
+        found = [list(pool.map(digest, step.inputs)) for step in plan.steps]
+    return {s.name: StepDigests("", tuple(f)) for s, f in zip(plan.steps, found, strict=True)}
+
+
+def _input_sizes(plan: Plan) -> dict[str, dict[str, int]]:
+    return {m.public_name: {f.name: f.stat().st_size for f in m.files()} for m in plan.models}
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """Raises PlanError when the disk under `folder` cannot hold the output."""
+    there = sum(f.stat().st_blocks * 512 for f in partial_of(folder).glob("model/*.safetensors"))
+    missing = plan.write_bytes - there - free_bytes(folder)
+    if missing > 0:
+        raise PlanError(
+            f"{folder}: the merge takes {shown_bytes(plan.write_bytes)} and the disk has "
+            f"{shown_bytes(free_bytes(folder))} free; free {shown_bytes(missing)} or choose another output"
+        )
+
+
+def shown_bytes(size: int) -> str:
+    """`size` in the unit that suits it."""
+    for unit, divisor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= divisor // 10:
+            return f"{size / divisor:.2f} {unit}"
+    return f"{size} bytes"
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk on which `folder` lies or will lie."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
