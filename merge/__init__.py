@@ -14,6 +14,7 @@ _HOMES = {
     "plan_recipe": "merge.pipeline",
     "run_recipe": "merge.pipeline",
     "verify_folder": "merge.verify",
+    "Suite": "merge.score",
     "score_models": "merge.score",
     "MergetoolError": "merge.errors",
 }

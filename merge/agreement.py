@@ -59,6 +59,9 @@ def _first_vocabulary_difference(a: Path, b: Path) -> str | None:
     files = [folder / "tokenizer.json" for folder in (a, b)]
     if not all(f.is_file() for f in files) or _same_bytes(*files):
         return None
+    text = _vocabulary_text(files[0])
+    if text is not None and text == _vocabulary_text(files[1]):
+        return None
     try:
         ours, theirs = (dict(_vocabulary(f)) for f in files)
     except (AttributeError, IndexError, KeyError, TypeError):
@@ -69,6 +72,21 @@ def _first_vocabulary_difference(a: Path, b: Path) -> str | None:
         if ours.get(token) != theirs.get(token):
             return f"token {token!r} has id {theirs.get(token)}, not {ours.get(token)}"
     return None
+
+
+def _vocabulary_text(file: Path) -> tuple[str, str] | None:
+    """Stands for added tokens and vocabulary as they are spelt in the file; None where not as usual.
+
+    Fine-tunes differ in other parts of large files; parsing those takes 13 times their size in memory.
+    """
+    data = file.read_bytes()
+    added, after = data.find(b'"added_tokens"'), data.find(b'"normalizer"')
+    vocab, merges = data.find(b'"vocab"'), data.rfind(b'"merges"')
+    if not (0 <= added < after < vocab < merges):
+        return None
+    parts = data[added:after], data[vocab:merges]
+    first, second = (hashlib.sha256(part).hexdigest() for part in parts)
+    return first, second
 
 
 def _vocabulary(file: Path) -> Iterator[tuple[str, int]]:

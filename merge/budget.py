@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from merge.errors import PlanError
@@ -47,8 +48,13 @@ def make_budget(
 
     fuse: whether methods are compiled; by default where it pays and the compiler fits.
     """
-    cap = parse_size(memory)
+    try:
+        cap = parse_size(memory)
+    except ValueError as error:
+        raise PlanError(f"--memory: {error}") from None
     wanted = threads or len(os.sched_getaffinity(0))
+    if plan.recipe.sections.allow_nonfinite:
+        fuse = False  # a loop cannot tidy up the NaNs that it meets
     for compiled in [worth_fusing(plan), False] if fuse is None else [fuse]:
         for count in range(wanted, 0, -1):
             for block in (BLOCK, BLOCK // 4, 0):
@@ -74,7 +80,7 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
     if fuse:
-        return reserved + COMPILER + threads * blocks + arrays
+        return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays
     return reserved + threads * (blocks + arrays)
 
 
@@ -120,6 +126,17 @@ def _block_bytes(plan: Plan, step: Step, block: int) -> int:
     return raw + (STATISTIC * len(step.operands) * 2 if method.passes and not step.copy else 0)
 
 
+def _beside_loops(steps: Sequence[Step]) -> int:
+    """float32 grains around a compiled loop: inputs that it cannot widen, an output it cannot round."""
+    found = 0
+    for step in steps:
+        extra = sum(o.info.dtype == "F16" for o in step.inputs) + (
+            step.dtype not in ("BF16", "F32")
+        )
+        found = max(found, extra * min(grain_rows(step.shape), step.rows) * step.cols * 4)
+    return found
+
+
 def _array_bytes(plan: Plan, step: Step) -> int:
     """float32 arrays of one grain that numpy has alive at once."""
     if step.copy:
@@ -145,6 +162,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what planning needed goes back first
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3
     mallopt(mmap_threshold, 32 << 20)
     mallopt(trim_threshold, 256 << 20)

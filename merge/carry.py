@@ -37,45 +37,61 @@ CARD = "README.md"
 def carry_files(plan: Plan, model: Path) -> None:
     """Copies config, tokenizer and everything else of the donor that is not weights, byte for byte."""
     with writing(model):
-        _carry(plan, model)
+        for stale in _carried_names(model):
+            (model / stale).unlink()
+        for name, content in carried(plan).items():
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, model / name)
+            else:
+                (model / name).write_bytes(content)
 
 
-def _carry(plan: Plan, model: Path) -> None:
+def carried(plan: Plan) -> dict[str, Path | bytes]:
+    """What goes beside the tensors: name -> the donor's file, or the text of one that is changed."""
     donor = plan.models[plan.donor].folder
+    found: dict[str, Path | bytes] = {}
     for file in sorted(donor.rglob("*")):
         inside = file.relative_to(donor)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if (
-            file.is_file()
-            and not hidden
-            and not file.name.endswith(WEIGHTS)
-            and str(inside).lower() not in OWN
-        ):
-            if len(inside.parts) > 1 and (donor / inside.parts[0] / "config.json").is_file():
-                continue  # another model in a folder of this one
-            (model / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, model / inside)
-    _carry_config(plan, model, donor / "config.json")
+        if not file.is_file() or file.name.endswith(WEIGHTS) or str(inside).lower() in OWN:
+            continue
+        if any(part.startswith(".") for part in inside.parts):
+            continue
+        if len(inside.parts) > 1 and (donor / inside.parts[0] / "config.json").is_file():
+            continue  # another model in a folder of this one
+        found[str(inside)] = file
+    found["config.json"] = _config(plan, donor / "config.json")
+    return found
 
 
-def _carry_config(plan: Plan, model: Path, source: Path) -> None:
+def _config(plan: Plan, source: Path) -> Path | bytes:
     """config.json as it is, unless the output dtype differs from the one it tells."""
     config = json.loads(source.read_text(encoding="utf-8"))
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     dtype = {v: k for k, v in OUT_DTYPES.items()}.get(plan.recipe.out_dtype or "")
     if dtype is None or all(config.get(key) == dtype for key in keys):
-        shutil.copyfile(source, model / "config.json")
-        return
+        return source
     config.update(dict.fromkeys(keys, dtype))
-    (model / "config.json").write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def carried_digests(plan: Plan) -> dict[str, str]:
+    """Digest of everything that is carried over, by name."""
+    contents = carried(plan).items()
+    return {n: combined_digest([c.read_bytes() if isinstance(c, Path) else c]) for n, c in contents}
+
+
+def _carried_names(model: Path) -> list[str]:
+    """Files of an earlier, interrupted finish."""
+    files = [f for f in model.rglob("*") if f.is_file() and f.suffix != ".safetensors"]
+    return [str(file.relative_to(model)) for file in files]
 
 
 def provenance(
     plan: Plan, digests: Mapping[str, StepDigests], inputs: Mapping[str, Sequence[int]]
 ) -> str:
-    """mergetool.json: what was merged, how, by which versions, and the digest of everything."""
+    """mergetool.json: what was merged, how, by which versions, and the digest of everything but the
+    card, which people edit."""
     data = {
         "format": FORMAT,
         "plan": plan.digest,
@@ -85,7 +101,7 @@ def provenance(
         "inputs": told_inputs(plan, digests),
         "input_sizes": _sizes(plan, inputs),
         "notes": plan.notes,
-        "files": _file_digests(plan),
+        "files": _file_digests(plan) | carried_digests(plan),
         "outputs": {
             step.name: {
                 "dtype": step.dtype,
@@ -193,9 +209,10 @@ def model_card(plan: Plan) -> str:
     method = plan.recipe.method
     listed = "\n".join(f"- {name}" for name in meta["base_model"])
     paper = f" ({method.paper})" if method.paper else ""
+    title = plan.recipe.sections.name or f"A merge of {len(parents)} models"
     return (
         f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---\n\n"
-        f"# A merge of {len(parents)} models\n\n"
+        f"# {title}\n\n"
         f"Made with mergetool by the method `{method.name}`{paper} from\n\n{listed}\n\n"
         f"Recipe, with every default filled in:\n\n```yaml\n{recipe}```\n\n"
         f"Digests of all inputs and outputs are in `{PROVENANCE}`; `mergetool verify` compares them.\n"

@@ -186,10 +186,12 @@ def plan_command(
     from merge.budget import make_budget
     from merge.output import free_bytes
     from merge.pipeline import plan_recipe
+    from merge.plan import output_folder
 
     plan = plan_recipe(find_recipe(recipe), offline=offline, peek=True)
     budget = make_budget(plan, memory, threads)
-    folder = output or Path(plan.recipe.sections.output or ".")
+    where = output or plan.recipe.sections.output
+    folder = output_folder(plan.recipe, output) if where else Path()
     chosen = [s for s in plan.steps if any(t in s.name for t in tensors)]
     if tensors and not chosen:
         raise RequestError(f"{recipe}: no tensor's name contains {' or '.join(tensors)!r}")
@@ -219,9 +221,8 @@ def plan_command(
             f"{model.label}{'  (base)' if plan.base is not None and model is plan.models[plan.base] else ''}"
         )
     click.echo(f"reads          {_gb(plan.read_bytes)}")
-    click.echo(
-        f"writes         {_gb(plan.write_bytes)} to {folder}; {_gb(free_bytes(folder))} free"
-    )
+    place = str(folder) if where else "no output yet"
+    click.echo(f"writes         {_gb(plan.write_bytes)} to {place}; {_gb(free_bytes(folder))} free")
     click.echo(
         f"projected peak {budget.peak / 2**20:.0f} MiB of memory with {budget.threads} threads (cap {memory})"
     )
@@ -282,8 +283,6 @@ def score_command(
     models: tuple[str, ...], suite: str, limit: int | None, split: str, offline: bool, as_json: bool
 ) -> None:
     """Scores MODELS side by side with lm-evaluation-harness, with standard errors.
-
-    A finished merge brings its parents along when their names can be found.
 
     Example: mergetool score zoo:base out/quickstart --suite quickstart
     """

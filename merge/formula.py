@@ -105,10 +105,11 @@ class Formula:
         return [model - base for model in models], base
 
     def _compiled(self, expression: Expression, kind: str) -> "_GrainFunction":
-        loop = self._loop(expression, kind) if self.fuse and not self.allow_nonfinite else None
-        return _GrainFunction(expression, kind, loop)
+        return _GrainFunction(expression, kind, self._loop(expression, kind), self.fuse)
 
     def _loop(self, expression: Expression, kind: str) -> Loop | None:
+        if not self.fuse:
+            return None
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
         try:
             return traced(
@@ -143,7 +144,7 @@ def _counted(values: Any) -> Any:
 
 _REDUCED: dict[str, Callable[[Any], Any]] = {"store": lambda v: v, "sum": _lanes, "count": _counted}
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
-_checking = threading.Lock()
+_one_at_a_time = threading.Lock()
 _log = logging.getLogger("mergetool")
 
 
@@ -154,17 +155,19 @@ class _GrainFunction:
     expression: Expression
     kind: str
     loop: Loop | None
+    fuse: bool  # then memory is planned for the arrays of one thread at a time
 
     def __call__(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
         """One array per result; counts are added to `total` where it is given."""
-        if self.loop is None or not _trusted.get(self.loop.source, True):
+        if not self.fuse:
             return self._added(self.by_numpy(grain), total)
-        if self.loop.source not in _trusted:
-            with _checking:
-                expected = self.by_numpy(grain)
+        if self.loop is not None and _trusted.get(self.loop.source):
+            return self.by_loop(grain, total)
+        with _one_at_a_time:
+            expected = self.by_numpy(grain)
+            if self.loop is not None and self.loop.source not in _trusted:
                 _trusted[self.loop.source] = self._agrees(grain, expected)
-            return self._added(expected, total)
-        return self.by_loop(grain, total)
+        return self._added(expected, total)
 
     def _agrees(self, grain: Grain, expected: list[Any]) -> bool:
         try:

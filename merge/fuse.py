@@ -252,7 +252,7 @@ def _compiled(source: str) -> Any:
         if source not in _loops:
             try:
                 _loops[source] = _compile(source)
-            except (ImportError, OSError) as error:
+            except (ImportError, OSError, RuntimeError) as error:
                 raise UntraceableError(f"numba does not work here: {error}") from error
     return _loops[source]
 
@@ -279,14 +279,15 @@ def _compile(source: str) -> Any:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What compiling, and keeping the result on a full or locked disk, can raise."""
     from numba.core.errors import NumbaError
 
-    return (NumbaError,)
+    return (NumbaError, OSError, RuntimeError)
 
 
 def _cached_source(source: str) -> Path | None:
     """The file of `source` in the user's cache, beside which numba keeps the machine code."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     file = (
         home / "mergetool" / "loops" / f"loop_{hashlib.sha256(source.encode()).hexdigest()[:24]}.py"
     )

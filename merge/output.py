@@ -1,6 +1,7 @@
 """Is the output folder a place for this merge: free, large enough, or this very merge already?"""
 
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Protocol
 
 from merge.agreement import canonical
-from merge.carry import told_inputs
+from merge.carry import carried_digests, told_inputs
 from merge.errors import OutputError, PlanError
 from merge.plan import Operand, Plan
 from merge.stream import StepDigests
 from merge.verify import provenance_of, stored_digest
-from merge.write import partial_of
+from merge.write import layout, partial_of
+
+SPARE_FILES = 64  # of the interpreter, libraries, journal and lock
 
 
 class Progress(Protocol):
@@ -39,6 +42,8 @@ def usable(folder: Path, plan: Plan) -> Path:
     for part in (whole, *whole.parents):
         if part.exists() and not part.is_dir():
             raise OutputError(f"{part}: is a file; choose another output")
+    if whole.exists() and whole.is_mount():
+        raise OutputError(f"{folder}: is a mount point; choose a folder in it")
     for model in plan.models:
         if model.folder.resolve() in (whole, *whole.parents):
             raise OutputError(
@@ -49,6 +54,24 @@ def usable(folder: Path, plan: Plan) -> Path:
                 f"{folder}: the folder of {model.label} lies in it; choose another output"
             )
     return folder
+
+
+def check_replaceable(folder: Path, recipe: Path) -> None:
+    """Raises OutputError when --overwrite would delete something else than a model."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    whole = folder.resolve()
+    for place, what in (
+        (Path.cwd(), "the current folder"),
+        (recipe.resolve().parent, "the recipe"),
+    ):
+        if whole in (place, *place.parents):
+            raise OutputError(f"{folder}: holds {what}; choose another output")
+    is_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    if not is_model and provenance_of(folder) is None:
+        raise OutputError(
+            f"{folder}: holds no model, and --overwrite replaces nothing else; choose another output"
+        )
 
 
 def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress) -> bool:
@@ -64,7 +87,11 @@ def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress)
     same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(
         _input_sizes(plan)
     )
-    if not same or made.get("inputs") != told_inputs(plan, _input_digests(plan, threads, progress)):
+    files = made.get("files")
+    carried = isinstance(files, dict) and carried_digests(plan).items() <= files.items()
+    if not (same and carried) or made.get("inputs") != told_inputs(
+        plan, _input_digests(plan, threads, progress)
+    ):
         raise OutputError(
             f"{folder}: holds a finished merge of another recipe or of other models; choose "
             f"another output, or give --overwrite to replace it"
@@ -102,6 +129,18 @@ def check_disk(plan: Plan, folder: Path) -> None:
         raise PlanError(
             f"{folder}: the merge takes {shown_bytes(plan.write_bytes)} and the disk has "
             f"{shown_bytes(free_bytes(folder))} free; free {shown_bytes(missing)} or choose another output"
+        )
+
+
+def check_open_files(plan: Plan) -> None:
+    """Allows itself as many open files as the system does; PlanError where that is too few."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    needed = sum(len(model.files()) for model in plan.models) + len(layout(plan)) + SPARE_FILES
+    if needed > most != resource.RLIM_INFINITY:
+        raise PlanError(
+            f"the merge keeps {needed} files open and the system allows {most}; "
+            "raise the limit (ulimit -n) or shard_size"
         )
 
 

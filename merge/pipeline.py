@@ -1,6 +1,5 @@
 """The main job, top to bottom: recipe -> plan -> stream -> write -> verify -> score."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +9,21 @@ from typing import Any
 
 from merge.budget import DEFAULT_MEMORY, Budget, keep_freed_memory, make_budget
 from merge.carry import CARD, carry_files, model_card, provenance
-from merge.output import Progress, check_disk, is_there_already, usable
+from merge.errors import SourceError
+from merge.output import (
+    Progress,
+    check_disk,
+    check_open_files,
+    check_replaceable,
+    is_there_already,
+    usable,
+)
 from merge.plan import Plan, make_plan, model_labels, output_folder
 from merge.recipe import Recipe, load_recipe
 from merge.sources.model import Model, locate, open_model, read_json
 from merge.stream import run
 from merge.verify import PROVENANCE, verify_folder
-from merge.write import PartialFolder, check_own, input_stamps, partial_of
+from merge.write import PartialFolder, check_own, discard_leftover, partial_of
 
 
 @contextmanager
@@ -41,7 +48,12 @@ def plan_recipe(file: Path | str, *, offline: bool = False, peek: bool = False) 
     peek: of models on the hub only the headers are fetched; such a plan can be shown but not run.
     """
     recipe = load_recipe(file)
-    models = [_opened(label, recipe, offline, peek) for label in model_labels(recipe)]
+    models = []
+    for label in model_labels(recipe):
+        try:
+            models.append(_opened(label, recipe, offline, peek))
+        except SourceError as error:
+            raise SourceError(f"{recipe.where_model(label)}: {error}") from None
     return make_plan(recipe, models)
 
 
@@ -78,24 +90,27 @@ def run_recipe(
 
     Raises RequestError before anything is written, RunError afterwards.
     """
-    keep_freed_memory()
     plan = plan_recipe(file, offline=offline)
+    keep_freed_memory()
     budget = make_budget(plan, memory, threads, fuse=fuse)
     folder = usable(output_folder(plan.recipe, output), plan)
     check_own(partial_of(folder))
-    if not overwrite and is_there_already(folder, plan, budget.threads, progress):
-        shutil.rmtree(partial_of(folder), ignore_errors=True)
+    if overwrite:
+        check_replaceable(folder, Path(plan.recipe.file))
+    elif is_there_already(folder, plan, budget.threads, progress):
+        discard_leftover(folder)
         return Result(folder, plan, budget, True, _verified(folder, budget, progress))
     check_disk(plan, folder)
+    check_open_files(plan)
     with PartialFolder(folder, plan, restart=restart) as growing:
         pending = list(growing.pending())
         size = sum(s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
         with progress("merge", size) as count:
             run(plan, budget, growing, pending, count)
-        growing.close_files()
         carry_files(plan, growing.model)
+        growing.close_files()
         growing.write_text(CARD, model_card(plan))
-        growing.write_text(PROVENANCE, provenance(plan, growing.digests, input_stamps(plan)))
+        growing.write_text(PROVENANCE, provenance(plan, growing.digests, growing.inputs))
         verified = _verified(growing.model, budget, progress)
         growing.publish()
     return Result(folder, plan, budget, False, verified | {"folder": str(folder)})

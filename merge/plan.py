@@ -94,6 +94,7 @@ class Plan:
             "method": self.recipe.method.name,
             "models": [model.public_name for model in self.models],
             "donor": self.donor,
+            "out_dtype": self.recipe.out_dtype,
             "allow_nonfinite": self.recipe.sections.allow_nonfinite,
             "shard_bytes": self.shard_bytes,
             "steps": [self._facts(step) for step in self.steps],
@@ -163,9 +164,21 @@ class _Planner:
         self._check_names()
         names = sorted(self._names(self.reference), key=natural_order)
         steps = tuple(self._step(name) for name in names)
+        self._note_idle_filters(names)
         if not steps:
             raise PlanError(f"{self.models[self.reference].label}: holds no tensors")
         return Plan(self.recipe, self.models, self.donor, self.base, steps, tuple(self.notes))
+
+    def _note_idle_filters(self, names: Sequence[str]) -> None:
+        """A filter that fits no tensor may be meant for other models, or be misspelt."""
+        for i, settings in enumerate([*self.recipe.settings, self.recipe.shared]):
+            at = ("models", i, "parameters") if i < len(self.recipe.settings) else ("parameters",)
+            for parameter, setting in settings.items():
+                for pattern, _ in setting.rules:
+                    if pattern and pattern != "*" and not any(pattern in name for name in names):
+                        where = self.recipe.where(*at, parameter)
+                        note = f"{where}: filter {pattern!r} of {parameter} fits no tensor"
+                        self.notes += [note] if note not in self.notes else []
 
     def _names(self, index: int) -> list[str]:
         """Tensors of a model that count: no buffers, and no head beside a tied embedding."""
@@ -212,8 +225,9 @@ class _Planner:
         dtype = (
             self.recipe.out_dtype or self.models[self.donor].source.tensors.get(name, info).dtype
         )
-        if info.dtype not in FLOATS:
-            return Step(name, info.shape, info.dtype, (base,), None, {}, copy=True)
+        if info.dtype not in FLOATS or 0 in info.shape:
+            kept = info.dtype if info.dtype not in FLOATS else dtype
+            return Step(name, info.shape, kept, (base,), None, {}, copy=True)
         chosen = [
             i
             for i, model in enumerate(self.entries)

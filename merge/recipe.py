@@ -19,6 +19,7 @@ from merge.errors import RecipeError
 from merge.methods import REQUIRED, Method, Parameter, all_methods
 
 Value = float | int | bool | str
+LATER = ("slices", "modules", "tokenizer", "chat_template", "experts")
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -110,6 +111,12 @@ class Recipe:
         name = self.sections.out_dtype or self.sections.dtype
         return OUT_DTYPES[name] if name else None
 
+    def where_model(self, label: str) -> str:
+        """File and line in which a model is named first."""
+        if label == self.sections.base_model:
+            return self.where("base_model")
+        return self.where("models", self.models.index(label), "model")
+
     def where(self, *path: str | int) -> str:
         return f"{self.file}:{_line(self.lines, path)}"
 
@@ -118,8 +125,10 @@ def load_recipe(file: Path | str) -> Recipe:
     """The recipe in `file`; raises RecipeError `file:line: what, found, allowed`."""
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file}: cannot be read ({error})") from None
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: cannot be read as text ({error.reason})") from None
     return parse_recipe(text, str(file))
 
 
@@ -418,6 +427,10 @@ def _validation_message(
     name = ".".join(str(part) for part in path)
     at = f"{file}:{_line(lines, path)}"
     if first["type"] == "extra_forbidden":
+        if path[-1] in LATER and len(path) == 1:
+            return (
+                f"{at}: {path[-1]} is a key of mergekit that mergetool cannot run yet; list models"
+            )
         allowed = list(_fields_at(path[:-1]))
         said = f"{at}: unknown key {str(path[-1])!r}{_nearest(str(path[-1]), allowed)}"
         return f"{said}; allowed: {', '.join(allowed)}"

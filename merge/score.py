@@ -41,11 +41,8 @@ class Suite:
     @classmethod
     def named(cls, name: str, *, split: str = "heldout") -> "Suite":
         """A shipped suite, or one in a folder; split "search" takes its search_tasks."""
-        folder = (
-            Path(name) if (Path(name) / "suite.yaml").is_file() else shipped("evals/suites") / name
-        )
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            folder = Path(name)
+        own = (Path(name) / "suite.yaml").is_file() or len(Path(name).parts) > 1
+        folder = Path(name) if own else shipped("evals/suites") / name
         file = folder / "suite.yaml"
         if not file.is_file():
             known = ", ".join(
@@ -54,15 +51,23 @@ class Suite:
             raise RequestError(
                 f"no suite {name!r}: neither a folder with suite.yaml nor one of {known}"
             )
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
         key = "tasks" if split == "heldout" else "search_tasks"
-        tasks = [
-            Task(t["task"], t["metric"], bool(t.get("higher_is_better", True)))
-            for t in data.get(key, [])
-        ]
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+            tasks = [
+                Task(t["task"], t["metric"], bool(t.get("higher_is_better", True)))
+                for t in data.get(key, [])
+            ]
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+            raise RequestError(
+                f"{file}: is no suite ({type(error).__name__}: {error}); it needs name and tasks "
+                "with task and metric"
+            ) from None
         if not tasks:
             raise RequestError(f"{file}: lists no {key}")
-        return cls(str(data["name"]), folder, tuple(tasks), int(data.get("batch_size", 1)))
+        return cls(
+            str(data.get("name", folder.name)), folder, tuple(tasks), int(data.get("batch_size", 1))
+        )
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,21 @@ def score_models(
         harness = _harness(suite)
         scored = []
         for folder, label in zip(folders, labels, strict=True):
-            model = _load(folder, label, suite.batch_size)
-            scored.append(
-                ModelScores(label, dict(_scored(model, label, suite, harness, limit, progress)))
-            )
+            scored.append(_scored_model(folder, label, suite, harness, limit, progress))
     return Scores(suite, tuple(scored))
+
+
+def _scored_model(
+    folder: Path,
+    label: str,
+    suite: Suite,
+    harness: Any,
+    limit: int | None,
+    progress: Callable[[int], None],
+) -> ModelScores:
+    """Loads, scores and lets go of one model."""
+    model = _load(folder, label, suite.batch_size)
+    return ModelScores(label, dict(_scored(model, label, suite, harness, limit, progress)))
 
 
 def _scored(
@@ -181,6 +196,8 @@ def _load(folder: Path, label: str, batch_size: int) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = _weight_bytes(folder)
     dtype = torch.float32 if device == "cpu" and size <= FLOAT32_LIMIT else "auto"
+    if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        raise ScoreError(f"{label}: has no tokenizer files; scoring needs them")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -136,11 +136,7 @@ class _Job:
 
     def hold(self, memory: Raw) -> None:
         """Uses `memory` (bytes) for all inputs of the step."""
-        self.held, start = [], 0
-        for operand in self.step.inputs:
-            part = memory[start : start + operand.info.nbytes]
-            self.held.append(part.view(STORAGE[operand.info.dtype]).reshape(self.step.rows, -1))
-            start += aligned(operand.info.nbytes)
+        self.held = list(_split(memory, self.step, self.step.rows))
 
     def run_alone(self) -> None:
         """The whole step in one thread; its one block is read once."""
@@ -185,7 +181,7 @@ class _Job:
         held = None if self.held is None else [raw[first:end] for raw in self.held]
         if held is not None and self.was_read:
             return held
-        buffers = held or _thread_buffers(self.step, end - first)
+        buffers = held or _buffers.views(self.step, end - first)
         for index, (operand, rows) in enumerate(zip(self.step.inputs, buffers, strict=True)):
             source = self.plan.models[operand.model].source
             source.read(operand.tensor, first, end, rows.reshape(-1).view(np.uint8).data)
@@ -203,7 +199,7 @@ class _Job:
 
     def _check_input(self, index: int, rows: Raw, first: int) -> None:
         operand = self.step.inputs[index]
-        if self.plan.recipe.sections.allow_nonfinite or self.step.copy:
+        if self.formula.allow_nonfinite:
             return
         at = first_nonfinite(rows, operand.info.dtype)
         if at is not None:
@@ -237,22 +233,30 @@ def _position(step: Step, first_row: int, at: int) -> str:
     return "[" + ", ".join(str(int(i)) for i in np.unravel_index(flat, step.shape or (1,))) + "]"
 
 
-_buffers = threading.local()
+class _Buffers(threading.local):
+    """Memory of a thread for one block of all inputs, used again for every block."""
+
+    memory: Raw = np.empty(0, np.uint8)
+
+    def views(self, step: Step, rows: int) -> list[Raw]:
+        """Arrays [rows, cols] of the stored types of the step's inputs."""
+        sizes = [rows * operand.info.row_bytes for operand in step.inputs]
+        if self.memory.size < sum(map(aligned, sizes)):
+            self.memory = np.empty(sum(map(aligned, sizes)), np.uint8)
+        return list(_split(self.memory, step, rows))
 
 
-def _thread_buffers(step: Step, rows: int) -> list[Raw]:
-    """Reused memory of this thread for `rows` rows of each input."""
-    pool: list[Raw] = getattr(_buffers, "pool", [])
-    _buffers.pool = pool
-    views: list[Raw] = []
-    for i, operand in enumerate(step.inputs):
-        wanted = rows * operand.info.row_bytes
-        if i == len(pool):
-            pool.append(np.empty(wanted, np.uint8))
-        elif pool[i].size < wanted:
-            pool[i] = np.empty(wanted, np.uint8)
-        views.append(pool[i][:wanted].view(STORAGE[operand.info.dtype]).reshape(rows, step.cols))
-    return views
+_buffers = _Buffers()
+
+
+def _split(memory: Raw, step: Step, rows: int) -> Iterator[Raw]:
+    """`memory` (bytes) cut into arrays [rows, cols] for each input, each at a cache line."""
+    start = 0
+    for operand in step.inputs:
+        size = rows * operand.info.row_bytes
+        part = memory[start : start + size]
+        yield part.view(STORAGE[operand.info.dtype]).reshape(rows, step.cols)
+        start += aligned(size)
 
 
 def _reduced(parts: Sequence[Statistic]) -> Statistic:
@@ -312,7 +316,7 @@ class _Slots:
 
     def take(self, step: Step, check: Callable[[], None]) -> Raw | None:
         """Memory for the inputs of `step`, or None where they do not fit; `check` raises to give up."""
-        if held_bytes(step) > self._size:
+        if not self._size or held_bytes(step) > self._size:
             return None
         while not self._free.acquire(timeout=0.1):
             check()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from merge.errors import SourceError, VerifyError
+from merge.errors import RequestError, SourceError, VerifyError
 from merge.numerics import (
     STORAGE,
     combined_digest,
@@ -23,17 +23,20 @@ from merge.sources.model import read_json
 from merge.sources.safetensors import INDEX, open_safetensors, weight_files
 
 PROVENANCE = "mergetool.json"
-READ_ROWS = 4  # grains read at once
 
 
 def verify_folder(
     folder: Path, *, threads: int | None = None, progress: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """What was verified, as a table; raises VerifyError at the first thing that is wrong.
+    """What was verified, as a table; raises VerifyError at the first thing that is wrong, RequestError
+    where `folder` is none.
 
     With a provenance file every tensor's shape, dtype and digest is compared with it; without one
     (a model that another tool made) headers, index and finite values are checked.
     """
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise RequestError(f"{folder}: {found}; give the folder of a model")
     try:
         source = open_safetensors(folder)
         read_json(folder / "config.json")
@@ -102,21 +105,26 @@ def _check_tables(folder: Path, found: Any, expected: dict[str, Any]) -> None:
 
 
 def _check_files(folder: Path, digests: dict[str, str]) -> None:
-    """What lies around the tensors: headers and index, byte for byte."""
-    indexed = {INDEX} if (folder / INDEX).is_file() else set()
-    for file in sorted(digests.keys() ^ (indexed | set(weight_files(folder)))):
+    """What lies around the tensors: headers, index, config, tokenizer; byte for byte."""
+    weights = set(weight_files(folder))
+    found = weights | ({INDEX} if (folder / INDEX).is_file() else set())
+    for file in sorted((digests.keys() ^ found) - {f for f in digests if _is_carried(f)}):
         raise VerifyError(f"{folder}: {file} is in the folder or in {PROVENANCE}, but not in both")
     for file, digest in digests.items():
         try:
             with (folder / file).open("rb") as stream:
-                start = stream.read() if file == INDEX else stream.read(8)
-                if file != INDEX:
+                start = stream.read(8 if file in weights else -1)
+                if file in weights:
                     start += stream.read(int.from_bytes(start, "little"))
         except OSError as error:
             raise VerifyError(f"{folder / file}: cannot be read: {error.strerror}") from None
         if combined_digest([start]) != digest:
-            part = "it" if file == INDEX else "its header"
+            part = "its header" if file in weights else "it"
             raise VerifyError(f"{folder / file}: {part} changed since it was written")
+
+
+def _is_carried(file: str) -> bool:
+    return file != INDEX and not file.endswith(".safetensors")
 
 
 def _check_tensor(

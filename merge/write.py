@@ -13,6 +13,8 @@ import shutil
 import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,13 @@ class Shard:
 def layout(plan: Plan) -> list[Shard]:
     """The output files, tensors in plan order, each file closed before it would exceed the shard size."""
     groups: list[list[Step]] = [[]]
+    size = 0
     for step in plan.steps:
-        if groups[-1] and sum(s.nbytes for s in groups[-1]) + step.nbytes > plan.shard_bytes:
+        if groups[-1] and size + step.nbytes > plan.shard_bytes:
             groups.append([])
+            size = 0
         groups[-1].append(step)
+        size += step.nbytes
     if len(groups) == 1:
         return [_shard(SINGLE, groups[0])]
     return [
@@ -173,7 +178,7 @@ class PartialFolder:
 
     def check_inputs(self) -> None:
         """Raises ReadError when an input file is not what it was when this run began."""
-        for path, before in self._inputs.items():
+        for path, before in self.inputs.items():
             if _stamp(Path(path)) != before:
                 raise ReadError(
                     f"{path}: changed while it was being merged; start over with --restart"
@@ -182,10 +187,11 @@ class PartialFolder:
     # -- opening ------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._inputs = input_stamps(self.plan)
+        self.inputs = input_stamps(self.plan)
         journal = self.partial / JOURNAL
         if self._restart:
-            journal.unlink(missing_ok=True)
+            with writing(journal):
+                journal.unlink(missing_ok=True)
         lines, whole_bytes = _read_journal(journal)
         if lines:
             self._check_same_merge(lines[0])
@@ -199,7 +205,7 @@ class PartialFolder:
             )
             os.ftruncate(self._journal, whole_bytes)
         if not lines:
-            self._note({"plan": self.plan.digest, "inputs": self._inputs})
+            self._note({"plan": self.plan.digest, "inputs": self.inputs})
         self._take_up(lines[1:])
 
     def _check_same_merge(self, begun: Mapping[str, Any]) -> None:
@@ -209,13 +215,13 @@ class PartialFolder:
                 f"choose another output, or give --restart to discard it"
             )
         before = begun.get("inputs", {})
-        for path in (*before, *self._inputs):
-            if self._inputs.get(path) != before.get(path):
+        for path in (*before, *self.inputs):
+            if self.inputs.get(path) != before.get(path):
                 raise OutputError(
                     f"{path}: changed since the merge in {self.partial} was interrupted; "
                     f"restore it, or give --restart to begin again"
                 )
-        if list(before) != list(self._inputs):
+        if list(before) != list(self.inputs):
             raise OutputError(
                 f"{self.partial}: holds an unfinished merge of these models in another order; "
                 f"give --restart to discard it"
@@ -233,19 +239,20 @@ class PartialFolder:
     def _take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Counts journalled steps as done whose bytes are still there (a power cut can lose them)."""
         steps = {step.name: step for step in self.plan.steps}
-        for line in lines:
+
+        def still_there(line: Mapping[str, Any]) -> bool:
             step = steps.get(str(line.get("step")))
-            if (
-                step is None
-                or not isinstance(line.get("inputs"), list)
-                or len(line["inputs"]) != len(step.inputs)
-            ):
-                continue
+            if step is None or not isinstance(line.get("inputs"), list):
+                return False
             file, start = self._places[step.name]
-            if stored_digest(self._descriptors[file], start, step.shape, step.dtype) == line.get(
-                "output"
-            ):
-                self.digests[step.name] = StepDigests(line["output"], tuple(line["inputs"]))
+            found = stored_digest(self._descriptors[file], start, step.shape, step.dtype)
+            return found == line.get("output") and len(line["inputs"]) == len(step.inputs)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for line, good in zip(lines, pool.map(still_there, lines), strict=True):
+                if good:
+                    digests = StepDigests(line["output"], tuple(line["inputs"]))
+                    self.digests[line["step"]] = digests
 
     def _note(self, line: Mapping[str, Any]) -> None:
         with self._journal_lock, writing(self.partial):
@@ -298,6 +305,16 @@ def _allocate(descriptor: int, size: int) -> None:
 def partial_of(final: Path) -> Path:
     """Where the output grows while it is not whole."""
     return final.with_name(final.name + ".partial")
+
+
+def discard_leftover(final: Path) -> None:
+    """Removes what a run that was killed in its last act left beside its finished merge."""
+    partial = partial_of(final)
+    if not partial.is_dir() or (partial / MODEL).exists():
+        return  # there is none, or it is another merge that is not finished
+    with (partial / LOCK).open("a") as lock, suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_own(partial: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_smallest_cap_named_is_the_smallest_that_works(
         make_budget(plan, f"{least - 1}MiB")
 
 
-def test_peak_never_exceeds_the_cap_and_more_memory_never_slows(
+def test_peak_never_exceeds_the_cap_and_more_memory_is_used(
     values: list[NDArray[np.uint16]], tmp_path: Path
 ) -> None:
     plan = plan_recipe(recipe_of(tmp_path, next(c for c in CASES if c.method == "ties"), values))

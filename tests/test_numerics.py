@@ -96,9 +96,7 @@ def test_random_numbers_depend_on_the_element_alone() -> None:
 
 
 def test_keys_are_the_same_everywhere() -> None:
-    assert random_key(17, "model.norm.weight", 2) == 0xC3B14F4F1AE1B0AB or random_key(
-        17, "model.norm.weight", 2
-    ) == random_key(17, "model.norm.weight", 2)
+    assert random_key(17, "model.norm.weight", 2) == 0xB33DB67EC19E81D2
 
 
 def test_digest_changes_with_any_bit() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from families import drawn, family, ties_recipe, typed, write_model, write_tensors
 
-from merge.errors import VerifyError
+from merge.errors import RequestError, VerifyError
 from merge.pipeline import run_recipe
 from merge.sources.safetensors import open_safetensors
 from merge.verify import verify_folder, verify_loading
@@ -146,6 +146,15 @@ def test_a_damaged_provenance_is_found(out: Path, text: str) -> None:
     found(out)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_change_of_any_file_but_the_card_is_found(out: Path, file: str) -> None:
+    (out / "README.md").write_text("mine")
+    verify_folder(out)
+    with (out / file).open("ab") as stream:
+        stream.write(b" ")
+    assert file in found(out)
+
+
 def test_an_emptied_list_of_files_is_found(out: Path) -> None:
     data = json.loads((out / "mergetool.json").read_text())
     (out / "mergetool.json").write_text(json.dumps(data | {"files": {}}))
@@ -154,7 +163,8 @@ def test_an_emptied_list_of_files_is_found(out: Path) -> None:
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     found(tmp_path)
-    found(tmp_path / "missing")
+    with pytest.raises(RequestError, match="no such folder"):
+        verify_folder(tmp_path / "missing")
     write_tensors(tmp_path / "model.safetensors", typed(drawn(1)))
     assert "config.json" in found(tmp_path)
 

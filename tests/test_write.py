@@ -240,8 +240,36 @@ def test_a_foreign_folder_is_refused_and_not_touched(recipe: Path) -> None:
     with pytest.raises(OutputError, match=r"was not made by mergetool.*--overwrite"):
         run_recipe(recipe, out)
     assert contents(out).keys() == {"diary.txt"}
+    with pytest.raises(OutputError, match=r"holds no model"):
+        run_recipe(recipe, out, overwrite=True)
+    assert contents(out).keys() == {"diary.txt"}
+
+
+def test_overwrite_never_takes_the_folder_of_the_recipe_or_the_current_one(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run_recipe(recipe, recipe.parent / "out").folder
+    inside = out / "recipe.yaml"
+    inside.write_text(recipe.read_text().replace("model: ", "model: ../"))
+    inside.write_text(inside.read_text().replace("base_model: ../", "base_model: ../"))
+    with pytest.raises(OutputError, match="holds the recipe"):
+        run_recipe(inside, out, overwrite=True)
+    monkeypatch.chdir(out)
+    with pytest.raises(OutputError, match="holds the current folder"):
+        run_recipe(recipe, out, overwrite=True)
+    assert inside.is_file()
+
+
+def test_another_template_of_the_donor_is_another_merge(recipe: Path) -> None:
+    base = recipe.parent / "base"
+    (base / "chat_template.jinja").write_text("old")
+    out = run_recipe(recipe, recipe.parent / "out").folder
+    assert run_recipe(recipe, out).existed
+    (base / "chat_template.jinja").write_text("new")
+    with pytest.raises(OutputError, match="another recipe or of other models"):
+        run_recipe(recipe, out)
     run_recipe(recipe, out, overwrite=True)
-    assert "diary.txt" not in contents(out)
+    assert (out / "chat_template.jinja").read_text() == "new"
 
 
 def test_the_old_output_stays_until_the_new_one_is_whole(

@@ -3,6 +3,10 @@
 A skill is a prompt that ends in `=` and the one answer that is right. Two of the skills are mostly
 procedure (`reverse`, `sort`), two are mostly facts (`elements`, `roman`).
 
+Every skill has two halves, told apart by a rule on the prompt: the base is taught the `familiar`
+half of all skills, and only the specialist of a skill meets its `new` half. Each half is one half
+of what is searched with and held out.
+
 Every prompt belongs to exactly one of three splits, decided by its own hash: the models are trained
 on `train`, searches look at `search`, and reported scores come from `heldout`. No list of used
 prompts is needed to keep the splits apart.
@@ -21,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_lowercase
 
+HALVES = ("familiar", "new")
 SPLITS = ("train", "search", "heldout")
 DATA = Path(__file__).resolve().parent.parent / "suites" / "quickstart" / "data"
 DOCUMENTS = {"search": 200, "heldout": 300}
@@ -46,39 +51,46 @@ class Example:
     answer: str
 
 
-def reverse(rng: random.Random) -> Example:
-    """`reverse qhaemzb=` -> `bzmeahq`: five to nine letters, read from the end."""
-    letters = "".join(rng.choices(ascii_lowercase, k=rng.randint(5, 9)))
+def reverse(half: str, rng: random.Random) -> Example:
+    """`reverse qhaemzb=` -> `bzmeahq`: letters read from the end; 3 or 4 are familiar, 5 or 6 new."""
+    length = rng.randint(3, 4) + 2 * (half == "new")
+    letters = "".join(rng.choices(ascii_lowercase, k=length))
     return Example(f"reverse {letters}=", letters[::-1])
 
 
-def sort(rng: random.Random) -> Example:
-    """`sort qhaemzb=` -> `abehmqz`: five to nine letters, put in alphabetical order."""
-    letters = rng.choices(ascii_lowercase, k=rng.randint(5, 9))
+def sort(half: str, rng: random.Random) -> Example:
+    """`sort hcabd=` -> `abcdh`: 4 to 7 letters in alphabetical order; a to m familiar, n to z new."""
+    alphabet = ascii_lowercase[:13] if half == "familiar" else ascii_lowercase[13:]
+    letters = rng.choices(alphabet, k=rng.randint(4, 7))
     return Example(f"sort {''.join(letters)}=", "".join(sorted(letters)))
 
 
-def elements(rng: random.Random) -> Example:
-    """`elements 26 79 50=` -> `FeAuSn`: the symbols of three atomic numbers from 1 to 99."""
-    numbers = [rng.randint(1, len(SYMBOLS)) for _ in range(3)]
+def elements(half: str, rng: random.Random) -> Example:
+    """`elements 27 79 51=` -> `CoAuSb`: three symbols; odd atomic numbers are familiar, even ones new."""
+    numbers = [parity(half, rng.randint(1, len(SYMBOLS) // 2)) for _ in range(3)]
     return Example(
         f"elements {' '.join(map(str, numbers))}=",
         "".join(SYMBOLS[number - 1] for number in numbers),
     )
 
 
-def roman(rng: random.Random) -> Example:
-    """`roman 1987=` -> `MCMLXXXVII`: a number from 1 to 3999 in Roman numerals."""
-    number = rng.randint(1, 3999)
+def roman(half: str, rng: random.Random) -> Example:
+    """`roman 1987=` -> `MCMLXXXVII`: a number up to 3999; odd numbers are familiar, even ones new."""
+    number = parity(half, rng.randint(1, 1999))
     return Example(f"roman {number}=", in_roman(number))
 
 
-SKILLS: dict[str, Callable[[random.Random], Example]] = {
+SKILLS: dict[str, Callable[[str, random.Random], Example]] = {
     "reverse": reverse,
     "sort": sort,
     "elements": elements,
     "roman": roman,
 }
+
+
+def parity(half: str, place: int) -> int:
+    """The familiar or new number of this place: odd or even, counted from 1."""
+    return 2 * place - (half == "familiar")
 
 
 def in_roman(number: int) -> str:
@@ -99,20 +111,20 @@ def split_of(prompt: str) -> str:
     return "train" if byte < 192 else "search" if byte < 224 else "heldout"
 
 
-def draw(skill: str, split: str, rng: random.Random) -> Example:
-    """One example of the skill, its prompt in the split."""
+def draw(skill: str, half: str, split: str, rng: random.Random) -> Example:
+    """One example of the half of the skill, its prompt in the split."""
     while True:
-        example = SKILLS[skill](rng)
+        example = SKILLS[skill](half, rng)
         if split_of(example.prompt) == split:
             return example
 
 
 def documents(skill: str, split: str) -> list[Example]:
-    """The examples of one data file: prompts all different, always the same in the same order."""
+    """The examples of one data file: the halves take turns; prompts all different, always the same."""
     rng = random.Random(f"{skill} {split}")
     found: dict[str, Example] = {}
     while len(found) < DOCUMENTS[split]:
-        example = draw(skill, split, rng)
+        example = draw(skill, HALVES[len(found) % 2], split, rng)
         found.setdefault(example.prompt, example)
     return list(found.values())
 

@@ -37,6 +37,9 @@ def _searched_thresholds(ranks: Sequence[int]) -> Passes:
             bins[((high[i] - low[i]) >> shift[i]) + 1 :] = 0  # above the bracket
             from_top = np.cumsum(bins[::-1])
             step = int(np.searchsorted(from_top, remaining[i]))
+            if step == BINS:  # fewer numbers than that, the others being NaN: all of them stay
+                low[i] = high[i] = 0
+                continue
             remaining[i] -= int(from_top[step - 1]) if step else 0
             low[i] += (BINS - 1 - step) << shift[i]
             high[i] = min(high[i], low[i] + (1 << shift[i]) - 1)

@@ -13,7 +13,7 @@ import yaml
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from skills import DOCUMENTS, SKILLS, data_files, split_of
+from skills import DOCUMENTS, HALVES, SKILLS, data_files, split_of
 from train import SPECIALISTS
 from transformers import AutoTokenizer
 
@@ -38,16 +38,35 @@ def load_tasks(folder: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def score(model: str, skills: Sequence[str]) -> dict[str, float]:
-    """Exact match of a member of the family on the first 60 held-out prompts of each skill."""
+    """Exact match of a member of the family on all held-out prompts of each skill."""
     tasks = load_tasks(SUITE, [f"quickstart_{skill}" for skill in skills])
-    lm = HFLM(pretrained=str(ZOO / model), device="cpu", dtype="float32", batch_size=60)
-    found = evaluator.evaluate(lm, task_dict=tasks, limit=60, bootstrap_iters=0)["results"]
+    lm = HFLM(pretrained=str(ZOO / model), device="cpu", dtype="float32", batch_size=150)
+    found = evaluator.evaluate(lm, task_dict=tasks, bootstrap_iters=0)["results"]
     return {skill: float(found[f"quickstart_{skill}"]["exact_match,none"]) for skill in skills}
+
+
+def half_of(prompt: str) -> str:
+    """The half a prompt belongs to by its text alone."""
+    skill, *asked = prompt.removesuffix("=").split(" ")
+    familiar = {
+        "reverse": lambda: len(asked[0]) <= 4,
+        "sort": lambda: max(asked[0]) <= "m",
+        "elements": lambda: all(int(number) % 2 for number in asked),
+        "roman": lambda: int(asked[0]) % 2 == 1,
+    }
+    return "familiar" if familiar[skill]() else "new"
 
 
 @pytest.fixture(scope="module")
 def base_score() -> dict[str, float]:
     return score("base", list(SKILLS))
+
+
+@pytest.mark.parametrize("split", DOCUMENTS)
+@pytest.mark.parametrize("skill", SKILLS)
+def test_the_halves_of_a_skill_take_turns(skill: str, split: str) -> None:
+    for place, row in enumerate(read_rows(skill, split)):
+        assert half_of(row["prompt"]) == HALVES[place % 2]
 
 
 def test_the_data_files_are_what_the_generator_writes() -> None:
@@ -108,13 +127,17 @@ def test_tasks_read_their_own_split_from_any_copy_and_directory(
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_the_base_half_knows_every_skill(skill: str, base_score: dict[str, float]) -> None:
-    assert 0.2 < base_score[skill] < 0.8
+    assert 0.4 < base_score[skill] < 0.7
 
 
 @pytest.mark.parametrize("name", SPECIALISTS)
-def test_a_specialist_beats_the_base_at_its_skill(name: str, base_score: dict[str, float]) -> None:
-    skill = SPECIALISTS[name]
-    assert score(name, [skill])[skill] > base_score[skill] + 0.1
+def test_a_specialist_beats_the_base_at_its_skill_and_not_at_the_others(
+    name: str, base_score: dict[str, float]
+) -> None:
+    found = score(name, list(SKILLS))
+    for skill in SKILLS:
+        gain = found[skill] - base_score[skill]
+        assert gain > 0.3 if skill == SPECIALISTS[name] else gain < 0.05
 
 
 def test_the_entries_of_the_suite_name_a_metric_that_lm_eval_reports() -> None:

@@ -90,7 +90,7 @@ def read_values(folder: Path) -> dict[str, NDArray[Any]]:
     out = {}
     for name, info in source.tensors.items():
         raw = np.empty((info.rows, info.cols), STORAGE[info.dtype])
-        source.read(name, 0, info.rows, memoryview(raw).cast("B"))
+        source.read(name, 0, info.rows, raw.reshape(-1).view("u1").data)
         wide = raw.astype(np.float64) if info.dtype == "F64" else to_float32(raw, info.dtype)
         out[name] = wide.astype(np.float64).reshape(info.shape)
     return out

@@ -1,0 +1,72 @@
+"""The loop over blocks at its edges: empty tensors, values that are not finite, errors in threads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from families import typed, write_model, write_recipe
+from methods.cases import read_values
+
+from merge.errors import NonFiniteError
+from merge.formula import _GrainFunction, _trusted
+from merge.fuse import traced
+from merge.pipeline import run_recipe
+
+NAMES = ("model.a.weight", "model.b.weight")
+
+
+def ties(folder: Path, models: dict[str, dict[str, np.ndarray]], **keys: object) -> Path:
+    for name, values in models.items():
+        write_model(folder / name, typed(values))
+    own = {name: {"weight": 1.0, "density": 0.5} for name in models if name != "base"}
+    return write_recipe(
+        folder / "r.yaml", models=own, base_model="base", merge_method="ties", **keys
+    )
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (5, 0)])
+def test_empty_tensors_stay_empty(shape: tuple[int, ...], tmp_path: Path) -> None:
+    values = {NAMES[0]: np.ones((3, 4), np.float32), NAMES[1]: np.ones(shape, np.float32)}
+    recipe = ties(tmp_path, {"base": values, "a": values, "b": values})
+    assert read_values(run_recipe(recipe, tmp_path / "out").folder)[NAMES[1]].shape == shape
+
+
+def test_ties_lets_nan_pass_where_it_is_allowed(tmp_path: Path) -> None:
+    good = {NAMES[0]: np.arange(12, dtype=np.float32).reshape(3, 4)}
+    bad = {NAMES[0]: np.full((3, 4), np.nan, np.float32)}
+    bad[NAMES[0]][0, 0] = 7.0
+    recipe = ties(tmp_path, {"base": good, "a": bad, "b": good}, allow_nonfinite=True)
+    run_recipe(recipe, tmp_path / "out")
+    with pytest.raises(NonFiniteError, match=r"a: tensor 'model.a.weight' holds nan at \[0, 1\]"):
+        run_recipe(ties(tmp_path, {"base": good, "a": bad}), tmp_path / "other")
+
+
+def test_a_copied_nan_stops_the_run_too(tmp_path: Path) -> None:
+    values = {NAMES[0]: np.ones((3, 4), np.float32)}
+    values[NAMES[0]][2, 1] = np.inf
+    write_model(tmp_path / "m", typed(values))
+    recipe = write_recipe(tmp_path / "r.yaml", models={"m": None}, merge_method="passthrough")
+    with pytest.raises(NonFiniteError, match=r"holds inf at \[2, 1\]"):
+        run_recipe(recipe, tmp_path / "out")
+
+
+def test_a_distrusted_loop_stays_distrusted() -> None:
+    """A grain on which a wrong loop happens to agree does not make it right."""
+    values = np.ones((2, 3), np.float32)
+    wrong = traced(lambda x, i, h: [np.abs(x[0]) * 4.25], [values.dtype], "store")
+    function = _GrainFunction(lambda raws, _: [raws[0] * 4.25], "store", wrong, True)
+    assert function((([-values]), 0))[0][0, 0] == -4.25
+    assert function((([values]), 0))[0][0, 0] == 4.25
+    assert _trusted[wrong.source] is False
+    assert function((([-values]), 0))[0][0, 0] == -4.25
+
+
+def test_a_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:
+    values = {NAMES[0]: np.ones((3, 4), np.float32)}
+    write_model(tmp_path / "m", typed(values))
+    rules = [{"filter": "mpl", "value": 1.0}, {"value": 0.5}]
+    recipe = write_recipe(
+        tmp_path / "r.yaml", models={"m": {"weight": rules}}, merge_method="linear"
+    )
+    (note,) = run_recipe(recipe, tmp_path / "out").plan.notes
+    assert "filter 'mpl' of weight fits no tensor" in note
