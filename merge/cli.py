@@ -122,44 +122,64 @@ def run_command(
     """
     from merge.pipeline import run_recipe
 
+    file = find_recipe(recipe)
+    scoring = _scoring_wanted(file, wanted)
     result = run_recipe(
-        find_recipe(recipe), output, memory=memory, threads=threads, restart=restart,
+        file, output, memory=memory, threads=threads, restart=restart,
         overwrite=overwrite, offline=offline, progress=_progress,
     )  # fmt: skip
     report: dict[str, Any] = {
         "output": str(result.folder),
         "existed": result.existed,
+        "taken_up": result.taken_up,
         "plan": result.plan.digest,
+        "verified": result.verified,
+        "notes": list(result.plan.notes),
     }
-    report |= {"verified": result.verified, "notes": list(result.plan.notes)}
     if not as_json:
         _say_notes(result.plan)
-        done = "is this merge already; verified" if result.existed else "written and verified"
-        click.echo(
-            f"{result.folder}: {done}: {result.verified['tensors']} tensors, {_gb(result.verified['bytes'])}"
-        )
-    section = result.plan.recipe.sections.score
-    if wanted is not False and (section or wanted):
-        report["scores"] = _scored_run(result, as_json)
+        click.echo(_said_result(result))
+    if scoring is not None:
+        scores = _scored_beside_parents(result, *scoring)
+        report["scores"] = scores.as_json()
+        if not as_json:
+            from merge.score import table
+
+            click.echo(table(scores))
     if as_json:
         click.echo(json.dumps(report, indent=1))
 
 
-def _scored_run(result: Any, as_json: bool) -> Any:
-    from merge.recipe import ScoreSection
-    from merge.score import Suite, score_models, table
+def _scoring_wanted(file: Path, wanted: bool | None) -> Any:
+    """The score section and its suite, or None; a suite that cannot run is refused before the merge."""
+    from merge.recipe import ScoreSection, load_recipe
+    from merge.score import Suite, check_installed
 
-    section = result.plan.recipe.sections.score or ScoreSection()
-    folders = [result.folder] + ([m.folder for m in result.plan.models] if section.parents else [])
-    labels = [result.folder.name] + (
-        [m.label for m in result.plan.models] if section.parents else []
-    )
-    suite = Suite.named(section.suite)
+    section = load_recipe(file).sections.score or (ScoreSection() if wanted else None)
+    if section is None or wanted is False:
+        return None
+    check_installed()
+    return section, Suite.named(section.suite)
+
+
+def _said_result(result: Any) -> str:
+    done = "written and verified"
+    if result.taken_up:
+        done += f" (went on after {result.taken_up} of {len(result.plan.steps)} tensors)"
+    if result.existed:
+        done = "is this merge already; verified"
+    facts = result.verified
+    return f"{result.folder}: {done}: {facts['tensors']} tensors, {_bytes(facts['bytes'])}"
+
+
+def _scored_beside_parents(result: Any, section: Any, suite: Any) -> Any:
+    from merge.score import score_models
+
+    parents = list(result.plan.models) if section.parents else []
+    folders = [result.folder, *(m.folder for m in parents)]
+    labels = [result.folder.name, *(m.label for m in parents)]
     with _progress("score", len(folders) * len(suite.tasks)) as count:
-        scores = score_models(folders, suite, labels=labels, limit=section.limit, progress=count)
-    if not as_json:
-        click.echo(table(scores))
-    return scores.as_json()
+        return score_models(folders, suite, labels=labels, limit=section.limit, progress=count)
 
 
 @main.command("plan")
@@ -214,22 +234,23 @@ def plan_command(
     if as_json:
         click.echo(json.dumps(facts | ({"tensors": shown} if tensors else {}), indent=1))
         return
-    click.echo(f"{facts['method']} of {len(plan.models)} models, {len(plan.steps)} tensors")
-    for model in plan.models:
-        click.echo(
-            f"  "
-            f"{model.label}{'  (base)' if plan.base is not None and model is plan.models[plan.base] else ''}"
-        )
-    click.echo(f"reads          {_gb(plan.read_bytes)}")
-    place = str(folder) if where else "no output yet"
-    click.echo(f"writes         {_gb(plan.write_bytes)} to {place}; {_gb(free_bytes(folder))} free")
-    click.echo(
-        f"projected peak {budget.peak / 2**20:.0f} MiB of memory with {budget.threads} threads (cap {memory})"
-    )
-    _say_notes(plan)
+    _say_plan(plan, facts, str(folder) if where else "no output yet", memory)
     for step in chosen:
         values = ", ".join(f"{k}={v}" for k, v in step.parameters.items())
         click.echo(f"{step.name} {list(step.shape)} {step.dtype}: {values}")
+
+
+def _say_plan(plan: "Plan", facts: dict[str, Any], place: str, memory: str) -> None:
+    based = plan.base is not None and plan.recipe.method.base == "required"
+    models = f"{len(plan.models) - based} models{' on a base' if based else ''}"
+    click.echo(f"{facts['method']} of {models}, {len(plan.steps)} tensors")
+    for i, model in enumerate(plan.models):
+        click.echo(f"  {model.label}{'  (base)' if i == plan.base else ''}")
+    free, peak = _bytes(facts["free_bytes"]), f"{facts['peak_bytes'] / 2**20:.0f} MiB"
+    click.echo(f"reads          {_bytes(plan.read_bytes)}")
+    click.echo(f"writes         {_bytes(plan.write_bytes)} to {place}; {free} free")
+    click.echo(f"projected peak {peak} with {facts['threads']} threads (cap {memory})")
+    _say_notes(plan)
 
 
 @main.command("verify")
@@ -256,7 +277,7 @@ def verify_command(folder: Path, load: bool, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=1))
         return
     click.echo(
-        f"{folder}: {facts['tensors']} tensors, {_gb(facts['bytes'])}, digests: {facts['digests']}"
+        f"{folder}: {facts['tensors']} tensors, {_bytes(facts['bytes'])}, digests: {facts['digests']}"
     )
     if load:
         click.echo(f"{folder}: loads as {facts['loads_as']}; no tensor missing, none unexpected")
@@ -275,7 +296,11 @@ def verify_command(folder: Path, load: bool, as_json: bool) -> None:
     "--limit", type=click.IntRange(min=1), help="Only the first N documents of each task."
 )
 @click.option(
-    "--split", type=click.Choice(["heldout", "search"]), default="heldout", show_default=True
+    "--split",
+    type=click.Choice(["heldout", "search"]),
+    default="heldout",
+    show_default=True,
+    help="The suite's tasks for reporting, or those that searches may look at.",
 )
 @OFFLINE
 @JSON
@@ -308,7 +333,10 @@ def methods_command(name: str | None, as_json: bool) -> None:
 
     methods = all_methods()
     if name is not None and name not in methods:
-        raise RequestError(f"no merge method {name!r}; there are {', '.join(methods)}")
+        from merge.lines import nearest
+
+        what = f"no merge method {name!r}{nearest(name, list(methods))}"
+        raise RequestError(f"{what}; there are {', '.join(methods)}")
     chosen = [methods[name]] if name else list(methods.values())
     if as_json:
         click.echo(json.dumps([_method_facts(m) for m in chosen], indent=1))
@@ -367,7 +395,7 @@ def _say_notes(plan: "Plan") -> None:
         click.echo(f"note: {note}", err=True)
 
 
-def _gb(size: int) -> str:
+def _bytes(size: int) -> str:
     from merge.output import shown_bytes
 
     return shown_bytes(size)

@@ -33,12 +33,14 @@ def quiet(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished merge: its folder, its plan, whether it was there already, what was verified."""
+    """A finished merge: its folder, its plan, whether it was there already, how many tensors an
+    interrupted run had finished, what was verified."""
 
     folder: Path
     plan: Plan
     budget: Budget
     existed: bool
+    taken_up: int
     verified: dict[str, Any]
 
 
@@ -99,7 +101,7 @@ def run_recipe(
         check_replaceable(folder, Path(plan.recipe.file))
     elif is_there_already(folder, plan, budget.threads, progress):
         discard_leftover(folder)
-        return Result(folder, plan, budget, True, _verified(folder, budget, progress))
+        return Result(folder, plan, budget, True, 0, _verified(folder, budget, progress))
     check_disk(plan, folder)
     check_open_files(plan)
     with PartialFolder(folder, plan, restart=restart) as growing:
@@ -113,7 +115,8 @@ def run_recipe(
         growing.write_text(PROVENANCE, provenance(plan, growing.digests, growing.inputs))
         verified = _verified(growing.model, budget, progress)
         growing.publish()
-    return Result(folder, plan, budget, False, verified | {"folder": str(folder)})
+    taken_up = len(plan.steps) - len(pending)
+    return Result(folder, plan, budget, False, taken_up, verified | {"folder": str(folder)})
 
 
 def _verified(folder: Path, budget: Budget, progress: Progress) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,18 @@ def _scored(
         progress(1)
 
 
+def check_installed() -> None:
+    """Raises RequestError where lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise RequestError("scoring needs lm-eval; install mergetool[eval]")
+
+
 def _harness(suite: Suite) -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise RequestError("scoring needs lm-eval; install mergetool[eval]") from None
-    local = any(suite.folder.glob("*.yaml")) and len(list(suite.folder.glob("*.yaml"))) > 1
-    return TaskManager(include_path=str(suite.folder), include_defaults=not local)
+    check_installed()
+    from lm_eval.tasks import TaskManager
+
+    brings_tasks = len(list(suite.folder.glob("*.yaml"))) > 1
+    return TaskManager(include_path=str(suite.folder), include_defaults=not brings_tasks)
 
 
 def _load(folder: Path, label: str, batch_size: int) -> Any:

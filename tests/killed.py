@@ -62,7 +62,7 @@ class _Changes:
 
 def _announce(step: _Changes) -> None:
     """Has every change of the disk announce itself with a way to do only half of it."""
-    pwritev, write, pwrite, allocate = os.pwritev, os.write, os.pwrite, os.posix_fallocate
+    pwritev, write, pwrite, truncate = os.pwritev, os.write, os.pwrite, os.ftruncate
     rename, write_text, mkdir = Path.rename, Path.write_text, Path.mkdir
     copyfile, rmtree = shutil.copyfile, shutil.rmtree
 
@@ -78,9 +78,9 @@ def _announce(step: _Changes) -> None:
         step(lambda: pwrite(descriptor, data[: len(data) // 2], position))
         return pwrite(descriptor, data, position)
 
-    def half_allocate(descriptor: int, start: int, size: int) -> None:
-        step(lambda: allocate(descriptor, start, max(1, size // 2)))
-        allocate(descriptor, start, size)
+    def half_truncate(descriptor: int, size: int) -> None:
+        step(lambda: truncate(descriptor, size // 2))
+        truncate(descriptor, size)
 
     def half_write_text(path: Path, text: str, **more: Any) -> int:
         step(lambda: write_text(path, text[: len(text) // 2], **more))
@@ -102,11 +102,11 @@ def _announce(step: _Changes) -> None:
         step(lambda: [file.unlink() for file in sorted(Path(path).glob("*"))[:1] if file.is_file()])
         rmtree(path, **more)
 
-    os.pwritev, os.write, os.pwrite, os.posix_fallocate = (
+    os.pwritev, os.write, os.pwrite, os.ftruncate = (
         half_pwritev,
         half_write,
         half_pwrite,
-        half_allocate,
+        half_truncate,
     )  # type: ignore[assignment]
     Path.rename, Path.write_text, Path.mkdir = no_rename, half_write_text, no_mkdir  # type: ignore[assignment, method-assign]
     shutil.copyfile, shutil.rmtree = half_copyfile, half_rmtree  # type: ignore[assignment]

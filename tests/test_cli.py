@@ -213,7 +213,7 @@ def test_a_plan_shows_the_resolved_parameters_and_writes_nothing(
     before = contents(recipe.parent)
     ran = command("plan", recipe, "--tensor", "layers.1.mlp", "-o", "out")
     assert ran.code == 0
-    assert "ties of 3 models, 9 tensors" in ran.out
+    assert "ties of 2 models on a base, 9 tensors" in ran.out
     line = next(line for line in ran.out.splitlines() if line.startswith("model.layers.1.mlp"))
     assert "weight=[0.5, 0.5]" in line
     assert "density=[0.6, 0.6]" in line

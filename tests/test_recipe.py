@@ -79,7 +79,7 @@ def refusal(text: str) -> str:
         ("merge_method: linear\n", 1, ["models is missing"]),
         ("models: [{model: a}]\n", 1, ["merge_method is missing"]),
         ("merge_method: linear\nmodels: a\n", 2, ["models is 'a'", "list"]),
-        ("merge_method: 5\nmodels: [{model: a}]\n", 1, ["merge_method is 5", "string"]),
+        ("merge_method: 5\nmodels: [{model: a}]\n", 1, ["merge_method is 5", "text"]),
         ("merge_method: linear\nmodels: [{model: ''}]\n", 2, ["models.0.model"]),
         (
             "merge_method: linear\nout_dtype: int8\nmodels: [{model: a}]\n",

@@ -383,7 +383,7 @@ def test_an_input_cut_off_during_the_run_is_named(
     assert not (recipe.parent / "out").exists()
 
 
-@pytest.mark.parametrize("call", ["pwritev", "posix_fallocate", "pwrite", "write"])
+@pytest.mark.parametrize("call", ["pwritev", "ftruncate", "pwrite", "write"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_after(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ran], call: str
 ) -> None:

@@ -53,7 +53,7 @@ def _child(command: Sequence[str]) -> str:
 
 
 @contextmanager
-def workplace(folder: Path | None, shape: str, keep: bool) -> Iterator[Path]:
+def bench_folder(folder: Path | None, shape: str, keep: bool) -> Iterator[Path]:
     """A folder of our own for one shape, in `folder` or a temporary one; removed unless kept."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="mergetool-bench-") as made:

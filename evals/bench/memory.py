@@ -10,11 +10,11 @@ from typing import Any
 
 from .ground import (
     ask_plan,
+    bench_folder,
     environment,
     mergetool,
     prepare_models,
     recipe_text,
-    workplace,
 )
 from .measure import Usage, run_measured
 from .models import SHAPES
@@ -36,7 +36,7 @@ class Options:
 def run_memory(options: Options) -> int:
     """Two merges of models with one huge tensor; 1 where a peak was above its projection."""
     shape = "wide-small" if options.small else "wide"
-    with workplace(options.folder, shape, options.keep) as place:
+    with bench_folder(options.folder, shape, options.keep) as place:
         models = prepare_models(place, shape, sparse=options.sparse, outputs=1)
         rows = [_measured_peak(place, method, models, options.cap) for method in ("linear", "ties")]
     rows_of, cols = next(iter(SHAPES[shape].tensors().values()))
@@ -74,7 +74,7 @@ def _measured_peak(place: Path, method: str, models: list[Path], cap: str) -> di
 
 def run_plan70b(options: Options) -> int:
     """Seconds of `mergetool plan` over three 70 B models that take no room, and of `--help`."""
-    with workplace(options.folder, "70b", options.keep) as place:
+    with bench_folder(options.folder, "70b", options.keep) as place:
         names = ("tune-a", "tune-b", "tune-c")
         models = prepare_models(place, "70b", names, sparse=True, outputs=0)
         recipe = place / "linear.yaml"

@@ -14,13 +14,13 @@ from .cache import available_memory, warm
 from .ground import (
     ask_comparison,
     ask_plan,
+    bench_folder,
     environment,
     mergetool,
     models_read,
     prepare_models,
     recipe_text,
     weight_files,
-    workplace,
 )
 from .measure import BenchError, Usage, run_measured
 from .models import SHAPES
@@ -54,7 +54,7 @@ class Options:
 def run_speed(options: Options) -> int:
     """Runs everything, prints the table and writes the JSON; 1 where a command failed."""
     shape = "small" if options.small else "1b"
-    with workplace(options.folder, shape, options.keep) as place:
+    with bench_folder(options.folder, shape, options.keep) as place:
         peer_versions = prepare_peer(options.peer_folder) if options.peer else None
         models = prepare_models(place, shape, sparse=False, outputs=2)
         facts = machine_facts(shape)

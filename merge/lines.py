@@ -1,0 +1,98 @@
+"""YAML with the line of every value, so that every error can say where."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from merge.errors import RecipeError
+
+Path = tuple[str | int, ...]  # keys and list positions from the top of a document
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Where things stand in a file: `numbers` maps the path of a value to its line."""
+
+    file: str
+    numbers: Mapping[Path, int]
+
+    def at(self, *path: str | int) -> str:
+        """`file:line` of the value at `path`, or of the innermost value around it."""
+        known = (path[:end] for end in range(len(path), -1, -1) if path[:end] in self.numbers)
+        return f"{self.file}:{self.numbers.get(next(known, ()), 1)}"
+
+    def error(self, path: Sequence[str | int], message: str) -> RecipeError:
+        return RecipeError(f"{self.at(*path)}: {message}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.1 in which 1e-3 is a number; PyYAML reads it as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$|^[-+]?\.[0-9]+[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+_ALIAS_LIMIT = 100_000  # nodes; a recipe is read by people, an alias bomb is not
+
+
+def load_yaml(text: str, file: str) -> tuple[dict[str, Any], Lines]:
+    """The table in `text` and where its values stand; raises RecipeError."""
+    lines: dict[Path, int] = {(): 1}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _collect_lines(node, (), lines, file)
+        data = loader.construct_document(node) if node is not None else None
+    except RecipeError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        problem = " ".join((error.problem or "malformed").split())
+        raise RecipeError(f"{file}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise RecipeError(
+            f"{file}:{line}: not YAML: {error.reason} (#x{error.character:04x})"
+        ) from None
+    except (
+        Exception
+    ) as error:  # PyYAML meets a wrong !!timestamp with AttributeError, !!bool with KeyError
+        raise RecipeError(f"{file}:1: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{file}:1: a recipe is a table of keys such as merge_method and models, not "
+            f"{type(data).__name__}"
+        )
+    return data, Lines(file, lines)
+
+
+def _collect_lines(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> None:
+    if len(lines) > _ALIAS_LIMIT:
+        raise ValueError("too many values")
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            if here in lines:
+                raise RecipeError(
+                    f"{file}:{key.start_mark.line + 1}: {key.value!r} is given twice (first in "
+                    f"line {lines[here]})"
+                )
+            lines[here] = key.start_mark.line + 1
+            _collect_lines(value, here, lines, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            _collect_lines(value, (*path, i), lines, file)
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """` (did you mean ...?)` where a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
