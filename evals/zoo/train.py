@@ -300,6 +300,7 @@ def write_tokenizer(folder: Path) -> None:
         "model_max_length": 64,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     write_json(folder / "tokenizer_config.json", config)
 
