@@ -99,7 +99,7 @@ def provenance(
         "recipe": resolved(plan),
         "donor": plan.models[plan.donor].public_name,
         "inputs": told_inputs(plan, digests),
-        "input_sizes": _sizes(plan, inputs),
+        "input_sizes": input_sizes(plan, inputs),
         "notes": plan.notes,
         "files": _file_digests(plan) | carried_digests(plan),
         "outputs": {
@@ -123,7 +123,8 @@ def _file_digests(plan: Plan) -> dict[str, str]:
     return {file: combined_digest([text]) for file, text in texts.items()}
 
 
-def _sizes(plan: Plan, inputs: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
+def input_sizes(plan: Plan, inputs: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
+    """Bytes of every weight file by model, from the stamps of all (see write.input_stamps)."""
     return {m.public_name: {f.name: inputs[str(f)][0] for f in m.files()} for m in plan.models}
 
 

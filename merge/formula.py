@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from merge.numerics import (
 )
 from merge.plan import Step
 
-Expression = Callable[[Sequence[Any], Counter], Sequence[Any]]
+# stored rows of every input, and the numbers of their elements for whoever asks -> arrays
+Expression = Callable[[Sequence[Any], Callable[[], Counter]], Sequence[Any]]
 Grain = tuple[Sequence[Raw], int]  # stored rows of every input, number of their first element
 
 
@@ -52,9 +54,9 @@ class Formula:
         # half precision has no integer shortcut: its loop ends in float32
         dtype = self.step.dtype if self.step.dtype in ("BF16", "F32") else "F32"
 
-        def merged(raws: Sequence[Any], counter: Counter) -> list[Any]:
+        def merged(raws: Sequence[Any], elements: Callable[[], Counter]) -> list[Any]:
             x, base = self._operands(raws)
-            given = {"x": x, "stats": stats, "random": lambda i: counter.random(self._key(i))}
+            given = {"x": x, "stats": stats, "random": lambda i: elements().random(self._key(i))}
             out = self.method.function(*(given[n] for n in self.method.takes), **self._arguments)
             if base is not None:
                 out = base + out
@@ -113,13 +115,12 @@ class Formula:
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
         try:
             return traced(
-                lambda raws, index, high: expression(raws, Counter(index, high)), dtypes, kind
+                lambda raws, index, high: expression(raws, lambda: Counter(index, high)),
+                dtypes,
+                kind,
             )
         except UntraceableError:
             return None
-
-
-_NONE = Counter(np.empty(0, np.uint32), np.uint32(0))
 
 
 def _loop_dtype(dtype: str) -> "np.dtype[Any]":
@@ -182,9 +183,9 @@ class _GrainFunction:
 
     def by_numpy(self, grain: Grain) -> list[Any]:
         raws, first = grain
-        counter = Counter.of(first, raws[0].shape) if self.kind == "store" else _NONE
+        elements = cache(lambda: Counter.of(first, raws[0].shape))
         with np.errstate(all="ignore"):  # infinities are looked for in what is written
-            return [_REDUCED[self.kind](result) for result in self.expression(raws, counter)]
+            return [_REDUCED[self.kind](result) for result in self.expression(raws, elements)]
 
     def by_loop(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
         assert self.loop is not None

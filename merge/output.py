@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from merge.agreement import canonical
-from merge.carry import carried_digests, told_inputs
+from merge.carry import carried_digests, input_sizes, told_inputs
 from merge.errors import OutputError, PlanError
 from merge.plan import Operand, Plan
 from merge.stream import StepDigests
 from merge.verify import provenance_of, stored_digest
-from merge.write import layout, partial_of
+from merge.write import input_stamps, layout, partial_of
 
 SPARE_FILES = 64  # of the interpreter, libraries, journal and lock
 
@@ -85,7 +85,7 @@ def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress)
             f"--overwrite to replace it"
         )
     same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(
-        _input_sizes(plan)
+        input_sizes(plan, input_stamps(plan))
     )
     files = made.get("files")
     carried = isinstance(files, dict) and carried_digests(plan).items() <= files.items()
@@ -115,10 +115,6 @@ def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, St
     with progress("compare", plan.read_bytes) as count, ThreadPoolExecutor(threads) as pool:
         found = [list(pool.map(digest, step.inputs)) for step in plan.steps]
     return {s.name: StepDigests("", tuple(f)) for s, f in zip(plan.steps, found, strict=True)}
-
-
-def _input_sizes(plan: Plan) -> dict[str, dict[str, int]]:
-    return {m.public_name: {f.name: f.stat().st_size for f in m.files()} for m in plan.models}
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
