@@ -11,16 +11,17 @@ from merge.fuse import available
 from merge.numerics import grain_rows
 from merge.plan import Plan, Step
 from merge.recipe import parse_size
+from merge.verify import READ_BACK, READERS
 
 RESERVED = 80 << 20  # bytes: interpreter, numpy, libraries; 40 to 55 MiB measured
 PER_INPUT = 2 << 10  # bytes: of the plan and the journal, for every tensor read
-COMPILER = 104 << 20  # bytes: numba and LLVM with methods compiled; 75 to 85 MiB measured
+COMPILER = 104 << 20  # bytes: LLVM with methods compiled; 76 MiB and 1 for each loop measured
 BLOCK = 4 << 20  # bytes of one input read at once: larger gains nothing, smaller costs calls
 SLACK = 1.25  # freed arrays that the allocator keeps, over those alive
 STATISTIC = 1 << 20  # bytes per model and thread of a statistics pass: counts and their copy
 FIXED_ARRAYS = 4  # float32 grains alive per thread beside those counted per model
 DEFAULT_MEMORY = "512MiB"
-FUSE_FROM = 1 << 28  # input values of a merge from which compiling (1 to 2 s) pays
+FUSE_FROM = 1 << 26  # input values of a merge from which compiling (0.15 s) pays
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
     arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
+    reserved += READERS * max((_read_back_bytes(step) for step in steps), default=0)
     if fuse:
         return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays
     return reserved + threads * (blocks + arrays)
@@ -124,6 +126,12 @@ def _block_bytes(plan: Plan, step: Step, block: int) -> int:
     raw = rows * (sum(o.info.row_bytes for o in step.inputs) + step.nbytes // max(1, step.rows))
     method = plan.recipe.method
     return raw + (STATISTIC * len(step.operands) * 2 if method.passes and not step.copy else 0)
+
+
+def _read_back_bytes(step: Step) -> int:
+    """What a thread needs that reads finished tensors again."""
+    row_bytes = step.nbytes // max(1, step.rows)
+    return min(step.nbytes, max(READ_BACK, grain_rows(step.shape) * row_bytes))
 
 
 def _beside_loops(steps: Sequence[Step]) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from merge.fuse import BINS, LANES, Loop, UntraceableError, traced
 from merge.methods import Counts, Method, Passes, Statistic, Sums
@@ -31,6 +32,7 @@ from merge.plan import Step
 # stored rows of every input, and the numbers of their elements for whoever asks -> arrays
 Expression = Callable[[Sequence[Any], Callable[[], Counter]], Sequence[Any]]
 Grain = tuple[Sequence[Raw], int]  # stored rows of every input, number of their first element
+Merging = Callable[[Grain], tuple[Raw, bool]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Formula:
     fuse: bool
     allow_nonfinite: bool
 
+    @property
+    def merges_as_it_reads(self) -> bool:
+        """Whether a grain that was read is merged at once, without statistics passes."""
+        return self.method.statistics is None and not self.step.copy
+
     def passes(self) -> Passes | None:
         """The method's statistics passes over the step's tensors, or None."""
         if self.method.statistics is None or self.step.copy:
@@ -49,8 +56,9 @@ class Formula:
         size, models = self.step.rows * self.step.cols, len(self.step.operands)
         return self.method.statistics(size, models=models, **self._arguments)
 
-    def merging(self, stats: Any) -> Callable[[Grain], Raw]:
-        """A function from a grain to its merged rows as stored."""
+    def merging(self, stats: Any) -> "Merging":
+        """A function from a grain to its merged rows as stored, and whether all values of the grain and
+        of the result were seen to be finite; if not, some may be."""
         # half precision has no integer shortcut: its loop ends in float32
         dtype = self.step.dtype if self.step.dtype in ("BF16", "F32") else "F32"
 
@@ -66,8 +74,8 @@ class Formula:
 
         function = self._compiled(merged, "store")
         if dtype == self.step.dtype:
-            return lambda grain: function(grain)[0]
-        return lambda grain: from_float32(function(grain)[0], self.step.dtype)
+            return function.checked
+        return lambda grain: (from_float32(function(grain)[0], self.step.dtype), False)
 
     def measuring(self, request: Sums | Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
         """A function from grains to their statistics: one each, or (counts) one for all."""
@@ -143,6 +151,8 @@ def _counted(values: Any) -> Any:
     return np.bincount(values[values < BINS], minlength=BINS)
 
 
+# bits without sign of infinity, by the type that a loop sees; 16 bits are bfloat16
+INFINITY = {"u2": 0x7F80, "f4": 0x7F800000, "f8": 0x7FF0000000000000}
 _REDUCED: dict[str, Callable[[Any], Any]] = {"store": lambda v: v, "sum": _lanes, "count": _counted}
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time = threading.Lock()
@@ -160,19 +170,35 @@ class _GrainFunction:
 
     def __call__(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
         """One array per result; counts are added to `total` where it is given."""
-        if not self.fuse:
-            return self._added(self.by_numpy(grain), total)
-        if self.loop is not None and _trusted.get(self.loop.source):
-            return self.by_loop(grain, total)
+        if self._by_loop_now():
+            return self.by_loop(grain, total)[0]
+        return self._added(self._tried(grain) if self.fuse else self.by_numpy(grain), total)
+
+    def checked(self, grain: Grain) -> tuple[Any, bool]:
+        """The one result that is stored, and whether the loop saw nothing but finite values."""
+        if not self._by_loop_now():
+            return self(grain)[0], False
+        results, largest = self.by_loop(grain)
+        types = [_widened(raw).dtype for raw in grain[0]] + [result.dtype for result in results]
+        finite = all(found < INFINITY[t.str[1:]] for found, t in zip(largest, types, strict=True))
+        return results[0], finite
+
+    def _by_loop_now(self) -> bool:
+        return self.fuse and self.loop is not None and _trusted.get(self.loop.source, False)
+
+    def _tried(self, grain: Grain) -> list[Any]:
+        """By numpy; the first that comes tries the loop as well, while others go on by numpy."""
         with _one_at_a_time:
             expected = self.by_numpy(grain)
-            if self.loop is not None and self.loop.source not in _trusted:
-                _trusted[self.loop.source] = self._agrees(grain, expected)
-        return self._added(expected, total)
+            if self.loop is None or self.loop.source in _trusted:
+                return expected
+            _trusted[self.loop.source] = False
+        _trusted[self.loop.source] = self._agrees(grain, expected)
+        return expected
 
     def _agrees(self, grain: Grain, expected: list[Any]) -> bool:
         try:
-            found = self.by_loop(grain)
+            found, _ = self.by_loop(grain)
         except UntraceableError as error:
             _log.warning("merging without compiled loops: %s", str(error).splitlines()[0])
             return False
@@ -187,7 +213,10 @@ class _GrainFunction:
         with np.errstate(all="ignore"):  # infinities are looked for in what is written
             return [_REDUCED[self.kind](result) for result in self.expression(raws, elements)]
 
-    def by_loop(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
+    def by_loop(
+        self, grain: Grain, total: list[Any] | None = None
+    ) -> tuple[list[Any], NDArray[np.uint64]]:
+        """The results, and what Loop.run tells."""
         assert self.loop is not None
         raws, first = grain
         flat = [_widened(raw).reshape(-1) for raw in raws]
@@ -197,8 +226,9 @@ class _GrainFunction:
             out = [np.zeros(LANES) for _ in self.loop.outputs]
         else:
             out = total or [np.zeros(BINS, np.int64) for _ in self.loop.outputs]
-        self.loop.run(first, flat, out)
-        return [o.reshape(raws[0].shape) for o in out] if self.kind == "store" else out
+        largest = self.loop.run(first, flat, out)
+        shaped = [o.reshape(raws[0].shape) for o in out] if self.kind == "store" else out
+        return shaped, largest
 
     @staticmethod
     def _added(results: list[Any], total: list[Any] | None) -> list[Any]:

@@ -1,24 +1,20 @@
 """Plain numpy functions of equal-shaped arrays, compiled into one loop over their elements.
 
 A method is written as numpy expressions over whole arrays, each of which passes over memory once. Here
-such a function is called with symbols instead of arrays; what it does to them is written down as one
-Python loop, and numba compiles that. The numbers that it uses (weights, thresholds, keys of random
-numbers) become arguments, so that one compiled loop serves all tensors. Nothing is reordered or
-contracted: the loop gives the bits of the numpy function, 10 times faster where that is bound by memory.
+such a function is called with symbols instead of arrays; what it does to them is written down as the
+body of one loop in LLVM's language, which LLVM compiles for this processor (in about a tenth of a
+second). The numbers that it uses (weights, thresholds, keys of random numbers) become arguments, so
+that one compiled loop serves all tensors. Nothing is reordered or contracted: the loop gives the bits
+of the numpy function, 10 times faster where that is bound by memory.
 
 What is not element-wise raises UntraceableError; the caller then keeps to numpy.
 """
 
-import hashlib
+import ctypes
 import importlib.util
-import os
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,21 +30,37 @@ class UntraceableError(Exception):
     """The function does something that is not an element-wise numpy operation known here."""
 
 
-_BINARY = {
-    "add": "({} + {})", "subtract": "({} - {})", "multiply": "({} * {})", "divide": "({} / {})",
-    "greater": "({} > {})", "greater_equal": "({} >= {})", "less": "({} < {})",
-    "less_equal": "({} <= {})", "equal": "({} == {})", "not_equal": "({} != {})",
-    "bitwise_and": "({} & {})", "bitwise_or": "({} | {})", "bitwise_xor": "({} ^ {})",
-    "logical_and": "({} & {})", "logical_or": "({} | {})",
-    "left_shift": "({} << {})", "right_shift": "({} >> {})",
+_TYPES = {"f4": "float", "f8": "double", "u2": "i16", "u4": "i32", "b1": "i1"}
+_FLOAT = {
+    "add": "fadd {t} {a}, {b}", "subtract": "fsub {t} {a}, {b}", "multiply": "fmul {t} {a}, {b}",
+    "divide": "fdiv {t} {a}, {b}", "negative": "fneg {t} {a}",
+    "absolute": "call {t} @llvm.fabs.{f}({t} {a})", "sqrt": "call {t} @llvm.sqrt.{f}({t} {a})",
+    "greater": "fcmp ogt {t} {a}, {b}", "greater_equal": "fcmp oge {t} {a}, {b}",
+    "less": "fcmp olt {t} {a}, {b}", "less_equal": "fcmp ole {t} {a}, {b}",
+    "equal": "fcmp oeq {t} {a}, {b}", "not_equal": "fcmp une {t} {a}, {b}",
 }  # fmt: skip
-_UNARY = {
-    "absolute": "abs({})",
-    "negative": "(-{})",
-    "logical_not": "(not {})",
-    "sqrt": "np.sqrt({})",
-    "invert": "(~{})",
-}
+_UNSIGNED = {
+    "add": "add {t} {a}, {b}", "subtract": "sub {t} {a}, {b}", "multiply": "mul {t} {a}, {b}",
+    "negative": "sub {t} 0, {a}", "invert": "xor {t} {a}, -1",
+    "bitwise_and": "and {t} {a}, {b}", "bitwise_or": "or {t} {a}, {b}",
+    "bitwise_xor": "xor {t} {a}, {b}",
+    "greater": "icmp ugt {t} {a}, {b}", "greater_equal": "icmp uge {t} {a}, {b}",
+    "less": "icmp ult {t} {a}, {b}", "less_equal": "icmp ule {t} {a}, {b}",
+    "equal": "icmp eq {t} {a}, {b}", "not_equal": "icmp ne {t} {a}, {b}",
+}  # fmt: skip
+_BOOL = {
+    "bitwise_and": "and i1 {a}, {b}", "bitwise_or": "or i1 {a}, {b}",
+    "bitwise_xor": "xor i1 {a}, {b}", "invert": "xor i1 {a}, true",
+    "logical_and": "and i1 {a}, {b}", "logical_or": "or i1 {a}, {b}",
+    "logical_not": "xor i1 {a}, true",
+}  # fmt: skip
+_PATTERNS = {"f": _FLOAT, "u": _UNSIGNED, "b": _BOOL}
+_SHIFTS = {"left_shift": "shl", "right_shift": "lshr"}
+_DECLARATIONS = [
+    f"declare {t} @llvm.{name}.{f}({t})"
+    for name in ("fabs", "sqrt")
+    for t, f in (("float", "f32"), ("double", "f64"))
+] + [f"declare i{bits} @llvm.umax.i{bits}(i{bits}, i{bits})" for bits in (16, 32, 64)]
 
 
 class Symbol(NDArrayOperatorsMixin):
@@ -75,9 +87,9 @@ class Symbol(NDArrayOperatorsMixin):
 
     def view(self, dtype: Any) -> "Symbol":
         wanted = np.dtype(dtype)
-        if wanted.itemsize != self.dtype.itemsize:
+        if wanted.itemsize != self.dtype.itemsize or "b" in (wanted.kind, self.dtype.kind):
             raise UntraceableError(f"view of {self.dtype} as {wanted}")
-        return self.trace.emit(f"np.{self.dtype}({self.name}).view(np.{wanted})", wanted)
+        return self.trace.emit(f"bitcast {_typed(self)} to {_type(wanted)}", wanted)
 
     def copy(self) -> "Symbol":
         return Symbol(self.trace, self.name, self.dtype)
@@ -89,6 +101,18 @@ class Symbol(NDArrayOperatorsMixin):
         raise UntraceableError(f"array.{name}")
 
 
+def _type(dtype: "np.dtype[Any]") -> str:
+    """LLVM's name of a type."""
+    name = "b1" if dtype == np.bool_ else dtype.str[1:]
+    if name not in _TYPES:
+        raise UntraceableError(f"values of type {dtype}")
+    return _TYPES[name]
+
+
+def _typed(symbol: Symbol) -> str:
+    return f"{_type(symbol.dtype)} {symbol.name}"
+
+
 @dataclass
 class _Trace:
     """The lines of a loop's body so far, and the numbers that it takes as arguments."""
@@ -97,22 +121,34 @@ class _Trace:
     numbers: dict[str, list[Any]] = field(default_factory=lambda: {"f4": [], "f8": [], "u4": []})
 
     def emit(self, expression: str, dtype: np.dtype[Any]) -> Symbol:
-        name = f"v{len(self.lines)}"
+        name = f"%v{len(self.lines)}"
         self.lines.append(f"{name} = {expression}")
         return Symbol(self, name, dtype)
 
     def apply(self, ufunc: Any, inputs: Sequence[Any]) -> Symbol:
-        pattern = (_BINARY if ufunc.nin == 2 else _UNARY).get(ufunc.__name__)
-        if pattern is None:
-            raise UntraceableError(f"numpy.{ufunc.__name__}")
-        loop = ufunc.resolve_dtypes((*(_type_of(value) for value in inputs), None))
-        names = [self.cast(value, dtype) for value, dtype in zip(inputs, loop, strict=False)]
-        if ufunc is np.invert and loop[0] == np.bool_:
-            pattern = _UNARY["logical_not"]
-        expression = pattern.format(*names)
-        if loop[-1] != np.bool_:
-            expression = f"np.{loop[-1]}({expression})"
-        return self.emit(expression, loop[-1])
+        name = ufunc.__name__
+        try:
+            loop = ufunc.resolve_dtypes((*(_type_of(value) for value in inputs), None))
+        except TypeError as error:
+            raise UntraceableError(f"numpy.{name}: {error}") from None
+        a, b = [*(self.cast(v, t) for v, t in zip(inputs, loop, strict=False)), ""][:2]
+        kind, t = loop[0].kind, _type(loop[0])
+        if name in _SHIFTS and kind == "u":
+            return self._shifted(_SHIFTS[name], t, a, b, loop[0])
+        pattern = _PATTERNS[kind].get(name)
+        if pattern is None or loop[0] != loop[ufunc.nin - 1]:
+            raise UntraceableError(f"numpy.{name} of {loop[0]}")
+        f = f"f{8 * loop[0].itemsize}"
+        return self.emit(pattern.format(t=t, f=f, a=a, b=b), loop[-1])
+
+    def _shifted(self, how: str, t: str, a: str, b: str, dtype: "np.dtype[Any]") -> Symbol:
+        """By as many bits as there are, numpy gives 0 and LLVM nothing certain."""
+        if b.isdigit() and int(b) < 8 * dtype.itemsize:
+            return self.emit(f"{how} {t} {a}, {b}", dtype)
+        few = self.emit(f"icmp ult {t} {b}, {8 * dtype.itemsize}", np.dtype(np.bool_))
+        by = self.emit(f"select i1 {few.name}, {t} {b}, {t} 0", dtype)
+        shifted = self.emit(f"{how} {t} {a}, {by.name}", dtype)
+        return self.emit(f"select i1 {few.name}, {t} {shifted.name}, {t} 0", dtype)
 
     def cast(self, value: Any, dtype: np.dtype[Any]) -> str:
         """The name of `value` (a symbol or a number) as `dtype`."""
@@ -120,16 +156,32 @@ class _Trace:
             return self.number(value, dtype)
         if value.dtype == dtype:
             return value.name
-        return self.emit(f"np.{dtype}({value.name})", dtype).name
+        how = _conversion(value.dtype, dtype)
+        return self.emit(f"{how} {_typed(value)} to {_type(dtype)}", dtype).name
 
     def number(self, value: Any, dtype: np.dtype[Any]) -> str:
         if type(value) is int and dtype.kind == "u":  # part of the formula, like a shift
-            return f"np.{dtype}({value})"
+            return str(int(dtype.type(value)))
         if np.ndim(value) != 0 or dtype.str[1:] not in self.numbers:
             raise UntraceableError(f"an operand of shape {np.shape(value)} and type {dtype}")
         known = self.numbers[dtype.str[1:]]
         known.append(dtype.type(value))
-        return f"{dtype.str[1:]}_{len(known) - 1}"
+        return f"%{dtype.str[1:]}_{len(known) - 1}"
+
+
+def _conversion(old: "np.dtype[Any]", new: "np.dtype[Any]") -> str:
+    """LLVM's instruction for a cast that numpy defines for every value."""
+    wider = new.itemsize > old.itemsize
+    known = {
+        ("f", "f"): "fpext" if wider else "fptrunc",
+        ("u", "u"): "zext" if wider else "trunc",
+        ("b", "u"): "zext",
+        ("b", "f"): "uitofp",
+        ("u", "f"): "uitofp",
+    }
+    if (old.kind, new.kind) not in known:
+        raise UntraceableError(f"a cast from {old} to {new}")
+    return known[old.kind, new.kind]
 
 
 def _type_of(value: Any) -> Any:
@@ -147,17 +199,22 @@ class Loop:
     numbers: tuple[NDArray[Any], ...]
     outputs: tuple[np.dtype[Any], ...]
 
-    def run(self, first: int, inputs: Sequence[NDArray[Any]], out: Sequence[NDArray[Any]]) -> None:
+    def run(
+        self, first: int, inputs: Sequence[NDArray[Any]], out: Sequence[NDArray[Any]]
+    ) -> NDArray[np.uint64]:
         """One pass over `inputs` (flat, equally long); `first`: number of their first element.
 
-        Raises UntraceableError where it cannot be compiled here.
+        Of a "store" loop, the result is the largest bits without sign of each input and each output:
+        from those of infinity on, it holds an infinity or a NaN. Raises UntraceableError where the loop
+        cannot be compiled here.
         """
         compiled = _compiled(self.source)
-        low, high = np.uint32(first & 0xFFFFFFFF), np.uint32(first >> 32)
-        try:
-            compiled(inputs[0].size, low, high, *self.numbers, *inputs, *out)
-        except _compiler_errors() as error:
-            raise UntraceableError(f"numba cannot compile the loop: {error}") from error
+        arrays = [*self.numbers, *inputs, *out]
+        assert all(array.flags.c_contiguous for array in arrays)
+        largest = np.zeros(len(inputs) + len(out), np.uint64)
+        places = (array.ctypes.data for array in (*arrays, largest))
+        compiled(inputs[0].size, first & 0xFFFFFFFF, first >> 32, *places)
+        return largest
 
 
 def traced(
@@ -169,82 +226,176 @@ def traced(
     [LANES]. "count": each (uint32) is counted into int64 [BINS]; values from BINS on are left out.
     index: uint32 number of the element, modulo 2**32; index_high: what is above, of the first element.
     """
-    trace = _Trace()
-    symbols = [Symbol(trace, f"x{i}[i]", dtype) for i, dtype in enumerate(dtypes)]
-    loaded = [trace.emit(symbol.name, symbol.dtype) for symbol in symbols]
-    index = trace.emit("np.uint32(first + np.uint32(i))", np.dtype(np.uint32))
-    results = function(loaded, index, Symbol(trace, "first_high", np.dtype(np.uint32)))
+    trace, u4 = _Trace(), np.dtype(np.uint32)
+    loaded = [
+        Symbol(trace, _load(trace, f"%x{i}", dtype, "%i"), dtype) for i, dtype in enumerate(dtypes)
+    ]
+    low = trace.emit("trunc i64 %i to i32", u4)
+    index = trace.emit(f"add i32 %first, {low.name}", u4)
+    results = function(loaded, index, Symbol(trace, "%high", u4))
     if not all(isinstance(result, Symbol) for result in results):
         raise UntraceableError("a result that does not depend on the inputs")
-    source = _source(trace, results, len(dtypes), kind)
     numbers = tuple(np.array(trace.numbers[k], dtype=k) for k in ("f4", "f8", "u4"))
-    return Loop(source, numbers, tuple(r.dtype for r in results))
+    return Loop(_source(trace, loaded, results, kind), numbers, tuple(r.dtype for r in results))
 
 
-def _source(trace: _Trace, results: Sequence[Symbol], inputs: int, kind: str) -> str:
-    arrays = [f"x{i}" for i in range(inputs)] + [f"out{i}" for i in range(len(results))]
-    head = [f"def loop(n, first, first_high, f4, f8, u4, {', '.join(arrays)}):"]
-    head += [
-        f"    {k}_{i} = {k}[{i}]" for k, known in trace.numbers.items() for i in range(len(known))
-    ]
-    body = _BODIES[kind](trace.lines, [result.name for result in results])
-    return "\n".join(["import numpy as np", "", "", *head, *("    " + line for line in body), ""])
+def _load(trace: _Trace, array: str, dtype: "np.dtype[Any]", at: str) -> str:
+    t = _type(dtype)
+    place = trace.emit(f"getelementptr {t}, ptr {array}, i64 {at}", dtype)
+    return trace.emit(f"load {t}, ptr {place.name}", dtype).name
 
 
-def _indented(lines: Sequence[str], depth: int) -> list[str]:
-    return ["    " * depth + line for line in lines]
+# -- the text of a loop ----------------------------------------------------------------------------
 
 
-def _store_body(lines: Sequence[str], results: Sequence[str]) -> list[str]:
-    stores = [f"out{i}[i] = {name}" for i, name in enumerate(results)]
-    return ["for i in range(n):", *_indented([*lines, *stores], 1)]
+def _source(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol], kind: str) -> str:
+    """A function of (elements, number of the first, its high part, then places in memory)."""
+    places = ["f4", "f8", "u4", *(f"x{i}" for i in range(len(loaded)))]
+    places += [*(f"out{i}" for i in range(len(results))), "largest"]
+    arguments = ", ".join(f"ptr noalias %{name}" for name in places)
+    lines = [f"define void @loop(i64 %n, i32 %first, i32 %high, {arguments}) {{", "entry:"]
+    for k, known in trace.numbers.items():
+        t = _TYPES[k]
+        for i in range(len(known)):
+            lines += [f"%{k}_at_{i} = getelementptr {t}, ptr %{k}, i64 {i}"]
+            lines += [f"%{k}_{i} = load {t}, ptr %{k}_at_{i}"]
+    body = {"store": _store_body, "sum": _sum_body, "count": _count_body}[kind]
+    lines += [*body(trace, loaded, results), "done:", "ret void", "}"]
+    return "\n".join([*lines, *_DECLARATIONS, ""])
 
 
-def _sum_body(lines: Sequence[str], results: Sequence[str]) -> list[str]:
-    adds = [f"out{i}[j] += {name}" for i, name in enumerate(results)]
-    inner = ["i = np.uintp(start) + np.uintp(j)", *lines, *adds]
+def _store_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
+    """All elements in turn; on the way, the largest magnitudes of what is loaded and stored."""
+    lines, phis, ends = list(trace.lines), [], []
+    for i, result in enumerate(results):
+        lines += _store(f"%o{i}", _typed(result), f"%out{i}", "%i")
+    for i, symbol in enumerate([*loaded, *results]):
+        bits = 8 * symbol.dtype.itemsize
+        t, name = f"i{bits}", symbol.name
+        if symbol.dtype.kind == "f":
+            lines += [f"%bits{i} = bitcast {_typed(symbol)} to {t}"]
+            name = f"%bits{i}"
+        lines += [f"%magnitude{i} = and {t} {name}, {(1 << bits - 1) - 1}"]
+        lines += [f"%now{i} = call {t} @llvm.umax.{t}({t} %before{i}, {t} %magnitude{i})"]
+        phis += [f"%before{i} = phi {t} [ 0, %entry ], [ %now{i}, %loop ]"]
+        ends += [f"%wide{i} = zext {t} %now{i} to i64"] if bits < 64 else []
+        value = f"i64 %wide{i}" if bits < 64 else f"i64 %now{i}"
+        ends += _store(f"%l{i}", value, "%largest", str(i))
     return [
-        f"for start in range(0, n, {LANES}):",
-        f"    if start + {LANES} <= n:",
-        f"        for j in range({LANES}):",
-        *_indented(inner, 3),
-        "    else:",
-        "        for j in range(n - start):",
-        *_indented(inner, 3),
+        *_counting("loop", "%i", "%n", phis),
+        *lines,
+        *_again("loop", "%i", "%n", "after"),
+        "after:",
+        *ends,
+        "br label %done",
     ]
 
 
-def _count_body(lines: Sequence[str], results: Sequence[str]) -> list[str]:
-    out: list[str] = [f"bins{i} = np.empty({CHUNK}, np.uint32)" for i in range(len(results))]
-    stores = [f"bins{i}[j] = {name}" for i, name in enumerate(results)]
-    out += [
-        f"for start in range(0, n, {CHUNK}):",
-        f"    end = min({CHUNK}, n - start)",
-        "    for j in range(end):",
-        *_indented(["i = np.uintp(start) + np.uintp(j)", *lines, *stores], 2),
-    ]
-    for i in range(len(results)):
-        out += [
-            "    for j in range(end):",
-            f"        if bins{i}[j] < {BINS}:",
-            f"            out{i}[bins{i}[j]] += 1",
+def _sum_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
+    """LANES elements at a time, each added to its lane."""
+    lines = ["%i = add i64 %start, %j", *trace.lines]
+    for i, result in enumerate(results):
+        lines += [
+            f"%p{i} = getelementptr double, ptr %out{i}, i64 %j",
+            f"%sum{i} = load double, ptr %p{i}",
+            f"%more{i} = fadd double %sum{i}, {trace.cast(result, np.dtype(np.float64))}",
+            f"store double %more{i}, ptr %p{i}",
         ]
-    return out
+    return _in_parts(LANES, lines, [])
 
 
-_BODIES = {"store": _store_body, "sum": _sum_body, "count": _count_body}
+def _count_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
+    """CHUNK elements at a time: their bins, then one more in each bin."""
+    lines = ["%i = add i64 %start, %j", *trace.lines]
+    counts: list[str] = []
+    room = [f"%bins{i} = alloca i32, i64 {CHUNK}" for i in range(len(results))]
+    for i, result in enumerate(results):
+        if result.dtype != np.uint32:
+            raise UntraceableError(f"bins of type {result.dtype}")
+        lines += _store(f"%b{i}", _typed(result), f"%bins{i}", "%j")
+        counts += [
+            f"br label %count{i}",
+            f"count{i}:",
+            f"%k{i} = phi i64 [ 0, %{f'counted{i - 1}' if i else 'filled'} ], [ %k{i}_next, %next{i} ]",
+            f"%q{i} = getelementptr i32, ptr %bins{i}, i64 %k{i}",
+            f"%bin{i} = load i32, ptr %q{i}",
+            f"%known{i} = icmp ult i32 %bin{i}, {BINS}",
+            f"br i1 %known{i}, label %add{i}, label %next{i}",
+            f"add{i}:",
+            f"%place{i} = zext i32 %bin{i} to i64",
+            f"%c{i} = getelementptr i64, ptr %out{i}, i64 %place{i}",
+            f"%seen{i} = load i64, ptr %c{i}",
+            f"%one_more{i} = add i64 %seen{i}, 1",
+            f"store i64 %one_more{i}, ptr %c{i}",
+            f"br label %next{i}",
+            *_again(f"count{i}", f"%k{i}", "%count", f"counted{i}", f"next{i}"),
+            f"counted{i}:",
+        ]
+    return [*room, *_in_parts(CHUNK, lines, counts)]
 
-_loops: dict[str, Any] = {}
+
+def _in_parts(size: int, lines: Sequence[str], then: Sequence[str]) -> list[str]:
+    """`lines` for %j below %count, the elements of a part from %start on; `then` after each part."""
+    return [
+        *_counting("part", "%start", "%n", [], "part_done"),
+        "%left = sub i64 %n, %start",
+        f"%short = icmp slt i64 %left, {size}",
+        f"%count = select i1 %short, i64 %left, i64 {size}",
+        "br label %inner",
+        "inner:",
+        "%j = phi i64 [ 0, %part ], [ %j_next, %inner ]",
+        *lines,
+        *_again("inner", "%j", "%count", "filled"),
+        "filled:",
+        *then,
+        "br label %part_done",
+        "part_done:",
+        f"%start_next = add i64 %start, {size}",
+        "%start_more = icmp slt i64 %start_next, %n",
+        "br i1 %start_more, label %part, label %done",
+    ]
+
+
+def _counting(label: str, name: str, end: str, phis: Sequence[str], back: str = "") -> list[str]:
+    """The head of a loop with a counter; nothing is done where there is nothing to count."""
+    return [
+        f"{name}_some = icmp sgt i64 {end}, 0",
+        f"br i1 {name}_some, label %{label}, label %done",
+        f"{label}:",
+        f"{name} = phi i64 [ 0, %entry ], [ {name}_next, %{back or label} ]",
+        *phis,
+    ]
+
+
+def _again(label: str, name: str, end: str, after: str, own: str = "") -> list[str]:
+    return [
+        *([f"{own}:"] if own else []),
+        f"{name}_next = add i64 {name}, 1",
+        f"{name}_more = icmp slt i64 {name}_next, {end}",
+        f"br i1 {name}_more, label %{label}, label %{after}",
+    ]
+
+
+def _store(name: str, value: str, array: str, at: str) -> list[str]:
+    """`value` ("type name") at its place of an array."""
+    t = value.split()[0]
+    return [f"{name} = getelementptr {t}, ptr {array}, i64 {at}", f"store {value}, ptr {name}"]
+
+
+# -- compiling -------------------------------------------------------------------------------------
+
 _compiling = threading.Lock()
+_loops: dict[str, Callable[..., None]] = {}
+_engines: list[Any] = []  # they own the machine code
 
 
 def available() -> bool:
     """Whether loops can be compiled here."""
-    return importlib.util.find_spec("numba") is not None
+    return importlib.util.find_spec("llvmlite") is not None
 
 
-def _compiled(source: str) -> Any:
-    """The loop of `source`, compiled for the types of its first call; once per process."""
+def _compiled(source: str) -> Callable[..., None]:
+    """The loop of `source` as machine code; once per process."""
     found = _loops.get(source)
     if found is not None:
         return found
@@ -253,50 +404,30 @@ def _compiled(source: str) -> Any:
             try:
                 _loops[source] = _compile(source)
             except (ImportError, OSError, RuntimeError) as error:
-                raise UntraceableError(f"numba does not work here: {error}") from error
+                raise UntraceableError(f"LLVM cannot compile the loop: {error}") from error
     return _loops[source]
 
 
-def _compile(source: str) -> Any:
-    import llvmlite.binding
-    import numba
+def _compile(source: str) -> Callable[..., None]:
+    from llvmlite import binding
 
-    if not _loops:  # more models than 8 would not be vectorised for fear of overlapping arrays
-        llvmlite.binding.set_option("mergetool", "-runtime-memory-check-threshold=256")
-    options: Any = {"nogil": True, "error_model": "numpy", "boundscheck": False}
-    file = _cached_source(source)
-    if file is None:
-        scope: dict[str, Any] = {}
-        exec(compile(source, "<merge loop>", "exec"), scope)
-        return numba.njit(**options)(scope["loop"])
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # numba finds the loop again by this name
-    spec.loader.exec_module(module)
-    return numba.njit(cache=True, **options)(module.loop)
-
-
-def _compiler_errors() -> tuple[type[Exception], ...]:
-    """What compiling, and keeping the result on a full or locked disk, can raise."""
-    from numba.core.errors import NumbaError
-
-    return (NumbaError, OSError, RuntimeError)
-
-
-def _cached_source(source: str) -> Path | None:
-    """The file of `source` in the user's cache, beside which numba keeps the machine code."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    file = (
-        home / "mergetool" / "loops" / f"loop_{hashlib.sha256(source.encode()).hexdigest()[:24]}.py"
+    if not _engines:
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
     )
-    with suppress(OSError):
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not file.is_file() or file.read_text() != source:
-            handle, temporary = tempfile.mkstemp(dir=file.parent)
-            with os.fdopen(handle, "w") as stream:
-                stream.write(source)
-            Path(temporary).replace(file)
-        return file
-    return None
+    module = binding.parse_assembly(source)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.loop_interleaving = options.loop_unrolling = True
+    builder = binding.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _engines.append(engine)
+    places = source.split("\n", 1)[0].count("ptr")
+    of = ctypes.CFUNCTYPE(
+        None, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32, *[ctypes.c_void_p] * places
+    )
+    return of(engine.get_function_address("loop"))

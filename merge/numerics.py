@@ -83,7 +83,7 @@ def first_nonfinite(raw: Raw, dtype: str) -> int | None:
         bad = ~np.isfinite(raw)
     elif dtype in EXPONENT:
         kind, limit = EXPONENT[dtype]
-        if _largest_exponent(raw, dtype) < limit:
+        if _largest_magnitude(raw, kind) < limit:
             return None
         bad = (raw.view(kind) & limit) == limit
     else:
@@ -91,9 +91,14 @@ def first_nonfinite(raw: Raw, dtype: str) -> int | None:
     return int(np.argmax(bad.ravel())) if bad.any() else None
 
 
-def _largest_exponent(raw: Raw, dtype: str) -> int:
-    kind, limit = EXPONENT[dtype]
-    return int((raw.view(kind) & limit).max()) if raw.size else 0
+def _largest_magnitude(raw: Raw, kind: Any) -> int:
+    """Bits without the sign of the value farthest from zero, seen as unsigned integers of `kind`:
+    the largest of the positive ones as signed numbers, of the negative ones as unsigned."""
+    if not raw.size:
+        return 0
+    bits = raw.view(kind)
+    positive, negative = bits.view(f"i{bits.itemsize}").max(), bits.max()
+    return max(int(positive), int(negative) - (1 << (8 * bits.itemsize - 1)))
 
 
 def folded(lanes: NDArray[np.float64]) -> float:

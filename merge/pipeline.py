@@ -1,6 +1,6 @@
 """The main job, top to bottom: recipe -> plan -> stream -> write -> verify -> score."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -104,22 +104,24 @@ def run_recipe(
         return Result(folder, plan, budget, True, 0, _verified(folder, budget, progress))
     check_disk(plan, folder)
     check_open_files(plan)
-    with PartialFolder(folder, plan, restart=restart) as growing:
+    with PartialFolder(folder, plan, threads=budget.threads, restart=restart) as growing:
         pending = list(growing.pending())
-        size = sum(s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
-        with progress("merge", size) as count:
+        size = sum(2 * s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
+        with progress("merge", size) as count, growing.reading_back(count):
             run(plan, budget, growing, pending, count)
         carry_files(plan, growing.model)
         growing.close_files()
         growing.write_text(CARD, model_card(plan))
         growing.write_text(PROVENANCE, provenance(plan, growing.digests, growing.inputs))
-        verified = _verified(growing.model, budget, progress)
+        verified = _verified(growing.model, budget, progress, growing.read_back)
         growing.publish()
     taken_up = len(plan.steps) - len(pending)
     return Result(folder, plan, budget, False, taken_up, verified | {"folder": str(folder)})
 
 
-def _verified(folder: Path, budget: Budget, progress: Progress) -> dict[str, Any]:
+def _verified(
+    folder: Path, budget: Budget, progress: Progress, read_back: Container[str] = ()
+) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress("verify", size) as count:
-        return verify_folder(folder, threads=budget.threads, progress=count)
+        return verify_folder(folder, threads=budget.threads, read_back=read_back, progress=count)

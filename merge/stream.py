@@ -15,7 +15,7 @@ import numpy as np
 
 from merge.budget import Budget, aligned, block_rows, held_bytes
 from merge.errors import NonFiniteError
-from merge.formula import Formula, Grain
+from merge.formula import Formula, Grain, Merging
 from merge.methods import Counts, Passes, Statistic, Sums
 from merge.numerics import (
     STORAGE,
@@ -31,7 +31,6 @@ from merge.plan import Plan, Step
 
 Block = tuple[int, int]  # first row, end row; whole grains
 Request = Sums | Counts
-Merging = Callable[[Grain], Raw]
 Measuring = Callable[[Iterable[Grain]], list[Statistic]]
 
 
@@ -160,9 +159,9 @@ class _Job:
         out: list[Raw] = []
         for a, b in self._grains(block):
             grain = self._of_grain(inputs, block, a, b)
-            rows = merging(grain) if merging else grain[0][0]
-            if merging and not self.formula.allow_nonfinite:
-                self._check_output(rows, a)
+            rows, finite = merging(grain) if merging else (grain[0][0], True)
+            if not finite and not self.formula.allow_nonfinite:
+                self._check_grain(grain[0], rows, a)
             self.output_digests[a] = grain_digest(rows)
             out.append(rows)
         self.writer.write(self.step, block[0], out)
@@ -176,7 +175,7 @@ class _Job:
         return rows, first * self.step.cols
 
     def _fetch(self, block: Block) -> list[Raw]:
-        """The stored rows of all inputs; the first time they are checked and digested."""
+        """The stored rows of all inputs; digested the first time."""
         first, end = block
         held = None if self.held is None else [raw[first:end] for raw in self.held]
         if held is not None and self.was_read:
@@ -186,9 +185,13 @@ class _Job:
             source = self.plan.models[operand.model].source
             source.read(operand.tensor, first, end, rows.reshape(-1).view(np.uint8).data)
             if not self.was_read:
-                self._check_input(index, rows, first)
                 for a, b in self._grains(block):
-                    self.input_digests[index, a] = grain_digest(rows[a - first : b - first])
+                    grain = rows[a - first : b - first]
+                    if (
+                        not self.formula.merges_as_it_reads
+                    ):  # then it is checked together with the output
+                        self._check_input(index, grain, a)
+                    self.input_digests[index, a] = grain_digest(grain)
                 self.progress(rows.nbytes)
         return buffers
 
@@ -209,6 +212,12 @@ class _Job:
                 f"{label}: tensor {operand.tensor!r} holds {value} at {_position(self.step, first, at)}; "
                 "repair the model, or allow it with allow_nonfinite: true"
             )
+
+    def _check_grain(self, inputs: Sequence[Raw], rows: Raw, first: int) -> None:
+        if self.formula.merges_as_it_reads:
+            for index, raw in enumerate(inputs):
+                self._check_input(index, raw, first)
+        self._check_output(rows, first)
 
     def _check_output(self, rows: Raw, first: int) -> None:
         at = first_nonfinite(rows, self.step.dtype)

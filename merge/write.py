@@ -12,21 +12,24 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge.disk import write_at
 from merge.errors import OutputError, ReadError, WriteError
 from merge.numerics import STORAGE, Raw
 from merge.plan import Plan, Step
 from merge.sources.safetensors import INDEX, SINGLE
 from merge.stream import StepDigests
-from merge.verify import stored_digest
+from merge.verify import READERS, check_stored, stored_digest
 
-HEADER_ALIGNMENT = 64  # bytes: so that tensors start at a cache line when a file is mapped
+ALIGNMENT = (
+    4096  # bytes: tensors that start at a page of the file are written and read twice as fast
+)
 LOCK, JOURNAL, MODEL, REPLACED = "lock", "journal.jsonl", "model", "replaced"
 
 
@@ -66,8 +69,9 @@ def index_text(plan: Plan, shards: Sequence[Shard]) -> str:
 
 
 def _shard(file: str, steps: Sequence[Step]) -> Shard:
-    """Wider dtypes first: torch reads a tensor in place only where it starts at a multiple of them."""
-    steps = sorted(steps, key=lambda step: -STORAGE[step.dtype].itemsize)
+    """Wider dtypes first: torch reads a tensor in place only where it starts at a multiple of them;
+    whole pages before others, so that tensors start at pages."""
+    steps = sorted(steps, key=lambda s: (-STORAGE[s.dtype].itemsize, s.nbytes % ALIGNMENT > 0))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for step in steps:
@@ -78,7 +82,7 @@ def _shard(file: str, steps: Sequence[Step]) -> Shard:
         }
         end += step.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % HEADER_ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     start = 8 + len(text)
     offsets = {step.name: start + header[step.name]["data_offsets"][0] for step in steps}
     return Shard(file, struct.pack("<Q", len(text)) + text, offsets, start + end)
@@ -90,13 +94,16 @@ class PartialFolder:
     Raises OutputError when another run holds the lock, or when what lies there is of another merge.
     """
 
-    def __init__(self, final: Path, plan: Plan, *, restart: bool = False) -> None:
+    def __init__(self, final: Path, plan: Plan, *, threads: int = 1, restart: bool = False) -> None:
         self.plan = plan
+        self.threads = threads
         self.final = final
         self.partial = partial_of(final)
         self.model = self.partial / MODEL
         self.shards = layout(plan)
         self.digests: dict[str, StepDigests] = {}
+        self.read_back: set[str] = set()  # tensors whose stored bytes have their digest
+        self._reading_back: _Behind | None = None
         self._restart = restart
         self._places = {name: (s.file, at) for s in self.shards for name, at in s.offsets.items()}
         self._descriptors: dict[str, int] = {}
@@ -138,20 +145,37 @@ class PartialFolder:
         """Puts consecutive rows of a step's tensor in their place."""
         file, start = self._places[step.name]
         position = start + first_row * (step.nbytes // max(1, step.rows))
-        buffers = [part.reshape(-1).view("u1").data for part in rows if part.nbytes]
+        buffers = [part.reshape(-1).view("u1").data for part in rows]
         with writing(self.model / file):
-            while buffers:
-                done = os.pwritev(self._descriptors[file], buffers, position)
-                position += done
-                while buffers and done >= len(buffers[0]):
-                    done -= len(buffers.pop(0))
-                if buffers:
-                    buffers[0] = buffers[0][done:]
+            write_at(self._descriptors[file], buffers, position, uncached=True)
 
     def finished(self, step: Step, digests: StepDigests) -> None:
         line = {"step": step.name, "output": digests.output, "inputs": digests.inputs}
         self._note(line)
         self.digests[step.name] = digests
+        if self._reading_back is not None:
+            self._reading_back.add(step)
+
+    @contextmanager
+    def reading_back(self, progress: Callable[[int], None]) -> Iterator[None]:
+        """Meanwhile every finished tensor is read again and compared with its digest, by threads that
+        wait for the disk while others compute. progress(n): n more bytes were compared.
+
+        Raises VerifyError as soon as one differs.
+        """
+
+        def compare(step: Step) -> None:
+            file, start = self._places[step.name]
+            check_stored(
+                self.model, step.name, self._descriptors[file], start, step.shape, step.dtype,
+                self.digests[step.name].output,
+            )  # fmt: skip
+            self.read_back.add(step.name)
+            progress(step.nbytes)
+
+        with _Behind(compare) as self._reading_back:
+            yield
+        self._reading_back = None
 
     def close_files(self) -> None:
         """Headers and index: from here on the files can be loaded."""
@@ -250,11 +274,12 @@ class PartialFolder:
             found = stored_digest(self._descriptors[file], start, step.shape, step.dtype)
             return found == line.get("output") and len(line["inputs"]) == len(step.inputs)
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self.threads) as pool:
             for line, good in zip(lines, pool.map(still_there, lines), strict=True):
                 if good:
                     digests = StepDigests(line["output"], tuple(line["inputs"]))
                     self.digests[line["step"]] = digests
+                    self.read_back.add(line["step"])
 
     def _note(self, line: Mapping[str, Any]) -> None:
         with self._journal_lock, writing(self.partial):
@@ -318,6 +343,38 @@ def check_own(partial: Path) -> None:
             f"{partial}: is needed for the unfinished merge, but holds something else; move it "
             f"or choose another output"
         )
+
+
+class _Behind:
+    """Has steps done in threads of its own; the first error ends it and is raised at the next call."""
+
+    def __init__(self, do: Callable[[Step], None]) -> None:
+        self._do = do
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-back")
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            self._check()
+
+    def add(self, step: Step) -> None:
+        self._check()
+        self._pool.submit(self._guarded, step)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _guarded(self, step: Step) -> None:
+        try:
+            if self._error is None:
+                self._do(step)
+        except BaseException as error:
+            self._error = error
 
 
 class writing:  # noqa: N801 - reads as a statement

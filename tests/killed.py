@@ -66,9 +66,9 @@ def _announce(step: _Changes) -> None:
     rename, write_text, mkdir = Path.rename, Path.write_text, Path.mkdir
     copyfile, rmtree = shutil.copyfile, shutil.rmtree
 
-    def half_pwritev(descriptor: int, buffers: Any, position: int) -> int:
+    def half_pwritev(descriptor: int, buffers: Any, position: int, flags: int = 0) -> int:
         step(lambda: pwrite(descriptor, bytes(buffers[0])[: len(buffers[0]) // 2], position))
-        return pwritev(descriptor, buffers, position)
+        return pwritev(descriptor, buffers, position, flags)
 
     def half_write(descriptor: int, data: bytes) -> int:
         step(lambda: write(descriptor, data[: len(data) // 2]))

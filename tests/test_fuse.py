@@ -29,7 +29,7 @@ EXPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _run_loop(loop: Loop, kind: str, raws: list[Any], first: int) -> list[Any]:
-    return _GrainFunction(lambda *_: [], kind, loop, True).by_loop((raws, first))
+    return _GrainFunction(lambda *_: [], kind, loop, True).by_loop((raws, first))[0]
 
 
 def in_place(a: Any, b: Any) -> Any:
@@ -114,7 +114,33 @@ def test_a_loop_that_disagrees_with_numpy_is_not_used(caplog: pytest.LogCaptureF
 
 def test_a_loop_that_does_not_compile_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     broken = traced(lambda x, index, high: [x[0] * 5.0 - 8.0], [A.dtype], "store")
-    broken = Loop(broken.source.replace("* f4_0", "* no_such_name"), broken.numbers, broken.outputs)
+    broken = Loop(
+        broken.source.replace("%f4_0\n", "%no_such_name\n"), broken.numbers, broken.outputs
+    )
     function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", broken, True)
     assert np.array_equal(function(([A[1:]], 0))[0], A[1:] * 2.0)
     assert "without compiled loops" in caplog.text
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5, np.inf, -np.inf, np.nan])
+def test_a_storing_loop_tells_the_largest_magnitude_of_inputs_and_results(value: float) -> None:
+    x = np.full(77, 0.5, np.float32)
+    y = x.copy()
+    y[70] = value
+    loop = traced(lambda v, index, high: [v[0] * 0.5], [x.dtype, x.dtype], "store")
+    largest = loop.run(0, [x, y], [np.empty_like(x)])
+    expected = [np.abs(a).view(np.uint32).max() for a in (x, y, x * np.float32(0.5))]
+    assert largest.tolist() == expected
+
+
+def test_shifting_out_every_bit_leaves_zero() -> None:
+    for by in (31, 32, 40):
+        loop = traced(
+            lambda x, index, high, by=by: [x[0] >> np.uint32(by), x[0] << np.uint32(by)],
+            [np.dtype(np.uint32)],
+            "store",
+        )
+        x = np.array([[0xFFFFFFFF, 1]], np.uint32)
+        found = _run_loop(loop, "store", [x], 0)
+        assert found[0].tolist() == (x >> np.uint32(by)).tolist()
+        assert found[1].tolist() == (x << np.uint32(by)).tolist()

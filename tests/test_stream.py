@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from families import typed, write_model, write_recipe
+from families import stored, typed, write_model, write_recipe
 from methods.cases import read_values
 
 from merge.errors import NonFiniteError
@@ -48,6 +48,43 @@ def test_a_copied_nan_stops_the_run_too(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", models={"m": None}, merge_method="passthrough")
     with pytest.raises(NonFiniteError, match=r"holds inf at \[2, 1\]"):
         run_recipe(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_bad_value_is_found_in_any_grain(
+    bad: float, dtype: str, fuse: bool, tmp_path: Path
+) -> None:
+    good = np.ones((3, 1 << 18), np.float32)  # a row is a grain
+    spoilt = good.copy()
+    spoilt[2, 5] = bad
+    for name, value in (("a", good), ("b", spoilt)):
+        write_model(tmp_path / name, {NAMES[0]: (dtype, stored(value, dtype))})
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        models={"a": {"weight": 1.0}, "b": {"weight": 0.5}},
+        merge_method="linear",
+    )
+    with pytest.raises(NonFiniteError, match=rf"b: tensor '{NAMES[0]}' holds {bad} at \[2, 5\]"):
+        run_recipe(recipe, tmp_path / "out", fuse=fuse)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_an_overflow_is_found_in_any_grain(dtype: str, fuse: bool, tmp_path: Path) -> None:
+    large = np.ones((3, 1 << 18), np.float32)
+    large[2, 5] = {"F32": 3e38, "F16": 6e4, "BF16": 3e38}[dtype]
+    for name in ("a", "b"):
+        write_model(tmp_path / name, {NAMES[0]: (dtype, stored(large, dtype))})
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        models={"a": {"weight": 1.0}, "b": {"weight": 1.0}},
+        merge_method="linear",
+        parameters={"normalize": False},
+    )
+    with pytest.raises(NonFiniteError, match=rf"overflows {dtype} at \[2, 5\]"):
+        run_recipe(recipe, tmp_path / "out", fuse=fuse)
 
 
 def test_a_distrusted_loop_stays_distrusted() -> None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from merge.errors import NonFiniteError, OutputError
 from merge.pipeline import plan_recipe, run_recipe
 from merge.verify import verify_folder, verify_loading
-from merge.write import HEADER_ALIGNMENT, PartialFolder, layout
+from merge.write import ALIGNMENT, PartialFolder, layout
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_shard_is_closed_before_it_would_grow_too_large(recipe: Path) -> None:
     assert len(shards) > 1
     for shard in shards:
         assert sum(sizes[name] for name in shard.offsets) <= 1000
-        assert min(shard.offsets.values()) % HEADER_ALIGNMENT == 0
+        assert min(shard.offsets.values()) % ALIGNMENT == 0
     assert [name for shard in shards for name in shard.offsets] == [s.name for s in plan.steps]
 
 
@@ -466,3 +466,41 @@ def test_a_limit_on_file_sizes_is_one_line(recipe: Path) -> None:
     assert "cannot be written" in ran.stderr
     assert not (recipe.parent / "out").exists()
     shutil.rmtree(recipe.parent / "out.partial")
+
+
+def test_a_tensor_that_is_not_stored_as_it_was_merged_stops_the_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Ran]
+) -> None:
+    """A disk that loses a bit is found while the merge runs, and the next run repairs it."""
+    real = os.pwritev
+
+    def damaging(descriptor: int, buffers: Any, position: int, *flags: int) -> int:
+        first = bytearray(buffers[0])
+        first[0] ^= 1
+        return real(descriptor, [first, *buffers[1:]], position, *flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", damaging)
+        ran = command("run", recipe, "-o", "out")
+    assert ran.code == 1
+    assert "its bytes changed since it was written" in ran.error
+    assert not (recipe.parent / "out").exists()
+    assert command("run", recipe, "-o", "out").code == 0
+    assert contents(recipe.parent / "out") == contents(
+        run_recipe(recipe, recipe.parent / "whole").folder
+    )
+
+
+def test_a_whole_merge_was_read_back_before_it_ends(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+    publish = PartialFolder.publish
+
+    def looking(self: PartialFolder) -> None:
+        seen.append(self.read_back)
+        publish(self)
+
+    monkeypatch.setattr(PartialFolder, "publish", looking)
+    plan = run_recipe(recipe, recipe.parent / "out").plan
+    assert seen == [{step.name for step in plan.steps}]

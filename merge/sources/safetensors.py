@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from merge.disk import read_at
 from merge.errors import ReadError, SourceError
 from merge.numerics import STORAGE
 from merge.sources import Source, TensorInfo
@@ -208,20 +209,14 @@ class PositionedReader:
         info = self._tensors[name]
         position = info.offset + first_row * info.row_bytes
         wanted = (end_row - first_row) * info.row_bytes
-        done = 0
-        while done < wanted:
-            try:
-                got = os.preadv(self._descriptor(info.file), [out[done:wanted]], position + done)
-            except OSError as error:
-                raise ReadError(
-                    f"{info.file}: cannot read tensor {name!r}: {error.strerror}"
-                ) from None
-            if got == 0:
-                raise ReadError(
-                    f"{info.file}: ends inside tensor {name!r} (byte {position + done}); "
-                    "the file was cut off: fetch it again"
-                )
-            done += got
+        try:
+            read_at(self._descriptor(info.file), out[:wanted], position)
+        except OSError as error:
+            raise ReadError(f"{info.file}: cannot read tensor {name!r}: {error.strerror}") from None
+        except EOFError as error:
+            raise ReadError(
+                f"{info.file}: ends inside tensor {name!r} ({error}); the file was cut off: fetch it again"
+            ) from None
 
     def _descriptor(self, file: str) -> int:
         known = self._descriptors.get(file)
