@@ -11,7 +11,6 @@ from merge.fuse import available
 from merge.numerics import grain_rows
 from merge.plan import Plan, Step
 from merge.recipe import parse_size
-from merge.verify import READ_BACK, READERS
 
 RESERVED = 80 << 20  # bytes: interpreter, numpy, libraries; 40 to 55 MiB measured
 PER_INPUT = 2 << 10  # bytes: of the plan and the journal, for every tensor read
@@ -80,7 +79,6 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
     arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
-    reserved += READERS * max((_read_back_bytes(step) for step in steps), default=0)
     if fuse:
         return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays
     return reserved + threads * (blocks + arrays)
@@ -121,17 +119,12 @@ def block_rows(step: Step, block: int) -> int:
 
 
 def _block_bytes(plan: Plan, step: Step, block: int) -> int:
-    """What a thread needs for one block: its rows as stored, in and out, and its statistics."""
+    """What a thread needs for one block: its rows as stored, in, out and read back, and its statistics."""
     rows = block_rows(step, block)
-    raw = rows * (sum(o.info.row_bytes for o in step.inputs) + step.nbytes // max(1, step.rows))
+    out = step.nbytes // max(1, step.rows)
+    raw = rows * (sum(o.info.row_bytes for o in step.inputs) + 2 * out)
     method = plan.recipe.method
     return raw + (STATISTIC * len(step.operands) * 2 if method.passes and not step.copy else 0)
-
-
-def _read_back_bytes(step: Step) -> int:
-    """What a thread needs that reads finished tensors again."""
-    row_bytes = step.nbytes // max(1, step.rows)
-    return min(step.nbytes, max(READ_BACK, grain_rows(step.shape) * row_bytes))
 
 
 def _beside_loops(steps: Sequence[Step]) -> int:

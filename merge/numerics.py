@@ -40,7 +40,11 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-EXPONENT = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
+EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F32": (np.uint32, 0x7F800000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+}
 
 
 def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
@@ -91,7 +95,7 @@ def first_nonfinite(raw: Raw, dtype: str) -> int | None:
     return int(np.argmax(bad.ravel())) if bad.any() else None
 
 
-def _largest_magnitude(raw: Raw, kind: Any) -> int:
+def _largest_magnitude(raw: Raw, kind: type[np.unsignedinteger[Any]]) -> int:
     """Bits without the sign of the value farthest from zero, seen as unsigned integers of `kind`:
     the largest of the positive ones as signed numbers, of the negative ones as unsigned."""
     if not raw.size:

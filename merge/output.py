@@ -106,7 +106,7 @@ def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, St
         info = operand.info
         descriptor = os.open(info.file, os.O_RDONLY)
         try:
-            found = stored_digest(descriptor, info.offset, info.shape, info.dtype)
+            found = stored_digest((descriptor, info.offset, info.shape, info.dtype))
         finally:
             os.close(descriptor)
         count(info.nbytes)

@@ -106,21 +106,21 @@ def run_recipe(
     check_open_files(plan)
     with PartialFolder(folder, plan, threads=budget.threads, restart=restart) as growing:
         pending = list(growing.pending())
-        size = sum(2 * s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
-        with progress("merge", size) as count, growing.reading_back(count):
+        size = sum(s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
+        with progress("merge", size) as count:
             run(plan, budget, growing, pending, count)
         carry_files(plan, growing.model)
         growing.close_files()
         growing.write_text(CARD, model_card(plan))
         growing.write_text(PROVENANCE, provenance(plan, growing.digests, growing.inputs))
-        verified = _verified(growing.model, budget, progress, growing.read_back)
+        verified = _verified(growing.model, budget, progress, read_back=growing.digests)
         growing.publish()
     taken_up = len(plan.steps) - len(pending)
     return Result(folder, plan, budget, False, taken_up, verified | {"folder": str(folder)})
 
 
 def _verified(
-    folder: Path, budget: Budget, progress: Progress, read_back: Container[str] = ()
+    folder: Path, budget: Budget, progress: Progress, *, read_back: Container[str] = ()
 ) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress("verify", size) as count:

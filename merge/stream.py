@@ -43,7 +43,9 @@ class StepDigests:
 
 
 class Writer(Protocol):
-    def write(self, step: Step, first_row: int, rows: Sequence[Raw]) -> None: ...
+    def write(
+        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
+    ) -> None: ...
 
     def finished(self, step: Step, digests: StepDigests) -> None: ...
 
@@ -157,14 +159,16 @@ class _Job:
         """Merges a block (merging None: copies it) and writes it; the last one completes the step."""
         inputs = self._fetch(block)
         out: list[Raw] = []
+        digests: list[bytes] = []
         for a, b in self._grains(block):
             grain = self._of_grain(inputs, block, a, b)
             rows, finite = merging(grain) if merging else (grain[0][0], True)
             if not finite and not self.formula.allow_nonfinite:
                 self._check_grain(grain[0], rows, a)
-            self.output_digests[a] = grain_digest(rows)
+            digests.append(grain_digest(rows))
+            self.output_digests[a] = digests[-1]
             out.append(rows)
-        self.writer.write(self.step, block[0], out)
+        self.writer.write(self.step, block[0], out, digests)
         self.progress(sum(rows.nbytes for rows in out))
         if remaining.last():
             self.writer.finished(self.step, self._digests())

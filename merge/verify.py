@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from merge.sources.model import read_json
 from merge.sources.safetensors import INDEX, open_safetensors, weight_files
 
 PROVENANCE = "mergetool.json"
-READERS = 2  # threads that read back beside a merge: one fell behind a linear merge, two did not
-READ_BACK = 4 << 20  # bytes read at once: with 512 KiB a disk gave half as much
+Place = tuple[int, int, tuple[int, ...], str]  # open file, offset of a tensor in it, shape, dtype
+AT_ONCE = 4 << 20  # bytes of one read: with 512 KiB a disk gave half as much
 
 
 def verify_folder(
@@ -38,7 +38,7 @@ def verify_folder(
     """What was verified, as a table; raises VerifyError at the first thing that is wrong, RequestError
     where `folder` is none.
 
-    read_back: tensors whose stored bytes were compared with their digests a moment ago.
+    read_back: tensors that were compared with their digests as they were written, or taken up.
 
     With a provenance file every tensor's shape, dtype and digest is compared with it; without one
     (a model that another tool made) headers, index and finite values are checked.
@@ -141,11 +141,17 @@ def _check_tensor(
     folder: Path, name: str, info: TensorInfo, digest: str | None, known: bool
 ) -> None:
     descriptor = os.open(info.file, os.O_RDONLY)
+    place = (descriptor, info.offset, info.shape, info.dtype)
     try:
         if known:
-            check_stored(folder, name, descriptor, info.offset, info.shape, info.dtype, digest)
+            found = stored_digest(place)
+            if found != digest:
+                raise VerifyError(
+                    f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes "
+                    f"changed since it was written"
+                )
             return
-        for first, rows in _grains(descriptor, info.offset, info.shape, info.dtype):
+        for first, rows in _grains(place):
             at = first_nonfinite(rows, info.dtype)
             if at is not None:
                 raise VerifyError(
@@ -233,52 +239,50 @@ def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def check_stored(
-    folder: Path,
-    name: str,
-    descriptor: int,
-    offset: int,
-    shape: tuple[int, ...],
-    dtype: str,
-    digest: str | None,
-) -> None:
-    """Raises VerifyError unless the tensor that lies at `offset` of an open file has `digest`."""
+    folder: Path, name: str, place: Place, first_row: int, digests: Sequence[bytes]
+) -> int:
+    """Compares the grains from `first_row` on with their digests; the bytes read. Raises VerifyError."""
+    count = len(digests) * grain_rows(place[2])
+    read = 0
     try:
-        found = stored_digest(descriptor, offset, shape, dtype)
-    except OSError as error:
-        raise VerifyError(
-            f"{folder}: tensor {name!r} cannot be read back: {error.strerror}"
-        ) from None
-    if found != digest:
-        raise VerifyError(
-            f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes "
-            f"changed since it was written"
-        )
+        for expected, (first, rows) in zip(
+            digests, _grains(place, first_row, first_row + count), strict=True
+        ):
+            read += rows.nbytes
+            if grain_digest(rows) != expected:
+                raise VerifyError(
+                    f"{folder}: tensor {name!r} is not stored as it was merged, from row {first} on; "
+                    f"check the disk and run the same command again"
+                )
+    except (OSError, EOFError) as error:
+        raise VerifyError(f"{folder}: tensor {name!r} cannot be read back: {error}") from None
+    return read
 
 
-def stored_digest(descriptor: int, offset: int, shape: tuple[int, ...], dtype: str) -> str | None:
+def stored_digest(place: Place) -> str | None:
     """Digest of a tensor as it lies in a file; None where the file ends before it does."""
     try:
-        return combined_digest(
-            grain_digest(rows) for _, rows in _grains(descriptor, offset, shape, dtype)
-        )
+        return combined_digest(grain_digest(rows) for _, rows in _grains(place))
     except EOFError:
         return None
 
 
 def _grains(
-    descriptor: int, offset: int, shape: tuple[int, ...], dtype: str
+    place: Place, first_row: int = 0, end_row: int | None = None
 ) -> Iterable[tuple[int, Any]]:
     """(first row, rows) of every grain of a stored tensor, in memory that is reused.
 
-    About READ_BACK bytes are read at once, from the disk where the system has not kept them.
+    About AT_ONCE bytes are read at once, from the disk where the system has not kept them.
     """
+    descriptor, offset, shape, dtype = place
     rows, cols = rows_and_cols(shape)
+    end_row = rows if end_row is None else min(end_row, rows)
     grain = grain_rows(shape)
     row_bytes = cols * STORAGE[dtype].itemsize
-    block = grain * max(1, READ_BACK // max(1, grain * row_bytes))
-    memory = np.empty(min(block, max(1, rows)) * row_bytes, np.uint8)
-    for start in range(0, rows, block):
-        count = min(block, rows - start)
+    block = grain * max(1, AT_ONCE // max(1, grain * row_bytes))
+    memory = np.empty(min(block, max(1, end_row - first_row)) * row_bytes, np.uint8)
+    for start in range(first_row, end_row, block):
+        count = min(block, end_row - start)
         part = memory[: count * row_bytes]
         read_at(descriptor, part.data, offset + start * row_bytes, uncached=True)
         held = part.view(STORAGE[dtype]).reshape(count, cols)

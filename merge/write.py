@@ -12,9 +12,9 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from merge.numerics import STORAGE, Raw
 from merge.plan import Plan, Step
 from merge.sources.safetensors import INDEX, SINGLE
 from merge.stream import StepDigests
-from merge.verify import READERS, check_stored, stored_digest
+from merge.verify import check_stored, stored_digest
 
 ALIGNMENT = (
     4096  # bytes: tensors that start at a page of the file are written and read twice as fast
@@ -102,8 +102,6 @@ class PartialFolder:
         self.model = self.partial / MODEL
         self.shards = layout(plan)
         self.digests: dict[str, StepDigests] = {}
-        self.read_back: set[str] = set()  # tensors whose stored bytes have their digest
-        self._reading_back: _Behind | None = None
         self._restart = restart
         self._places = {name: (s.file, at) for s in self.shards for name, at in s.offsets.items()}
         self._descriptors: dict[str, int] = {}
@@ -141,41 +139,25 @@ class PartialFolder:
         """The steps that no journal line tells of."""
         return (step for step in self.plan.steps if step.name not in self.digests)
 
-    def write(self, step: Step, first_row: int, rows: Sequence[Raw]) -> None:
-        """Puts consecutive rows of a step's tensor in their place."""
+    def write(
+        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
+    ) -> None:
+        """Puts consecutive grains of a step's tensor in their place and reads them back from there.
+
+        digests: one of each grain; VerifyError where the file holds something else.
+        """
         file, start = self._places[step.name]
         position = start + first_row * (step.nbytes // max(1, step.rows))
         buffers = [part.reshape(-1).view("u1").data for part in rows]
         with writing(self.model / file):
             write_at(self._descriptors[file], buffers, position, uncached=True)
+        place = (self._descriptors[file], start, step.shape, step.dtype)
+        check_stored(self.model, step.name, place, first_row, digests)
 
     def finished(self, step: Step, digests: StepDigests) -> None:
         line = {"step": step.name, "output": digests.output, "inputs": digests.inputs}
         self._note(line)
         self.digests[step.name] = digests
-        if self._reading_back is not None:
-            self._reading_back.add(step)
-
-    @contextmanager
-    def reading_back(self, progress: Callable[[int], None]) -> Iterator[None]:
-        """Meanwhile every finished tensor is read again and compared with its digest, by threads that
-        wait for the disk while others compute. progress(n): n more bytes were compared.
-
-        Raises VerifyError as soon as one differs.
-        """
-
-        def compare(step: Step) -> None:
-            file, start = self._places[step.name]
-            check_stored(
-                self.model, step.name, self._descriptors[file], start, step.shape, step.dtype,
-                self.digests[step.name].output,
-            )  # fmt: skip
-            self.read_back.add(step.name)
-            progress(step.nbytes)
-
-        with _Behind(compare) as self._reading_back:
-            yield
-        self._reading_back = None
 
     def close_files(self) -> None:
         """Headers and index: from here on the files can be loaded."""
@@ -271,7 +253,7 @@ class PartialFolder:
             if step is None or not isinstance(line.get("inputs"), list):
                 return False
             file, start = self._places[step.name]
-            found = stored_digest(self._descriptors[file], start, step.shape, step.dtype)
+            found = stored_digest((self._descriptors[file], start, step.shape, step.dtype))
             return found == line.get("output") and len(line["inputs"]) == len(step.inputs)
 
         with ThreadPoolExecutor(self.threads) as pool:
@@ -279,7 +261,6 @@ class PartialFolder:
                 if good:
                     digests = StepDigests(line["output"], tuple(line["inputs"]))
                     self.digests[line["step"]] = digests
-                    self.read_back.add(line["step"])
 
     def _note(self, line: Mapping[str, Any]) -> None:
         with self._journal_lock, writing(self.partial):
@@ -343,38 +324,6 @@ def check_own(partial: Path) -> None:
             f"{partial}: is needed for the unfinished merge, but holds something else; move it "
             f"or choose another output"
         )
-
-
-class _Behind:
-    """Has steps done in threads of its own; the first error ends it and is raised at the next call."""
-
-    def __init__(self, do: Callable[[Step], None]) -> None:
-        self._do = do
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-back")
-        self._error: BaseException | None = None
-
-    def __enter__(self) -> "_Behind":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error is not None)
-        if error is None:
-            self._check()
-
-    def add(self, step: Step) -> None:
-        self._check()
-        self._pool.submit(self._guarded, step)
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _guarded(self, step: Step) -> None:
-        try:
-            if self._error is None:
-                self._do(step)
-        except BaseException as error:
-            self._error = error
 
 
 class writing:  # noqa: N801 - reads as a statement
