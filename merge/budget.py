@@ -74,13 +74,15 @@ def worth_fusing(plan: Plan) -> bool:
 
 
 def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
-    """Projected bytes without held inputs. Compiled, only a loop's first grain is computed by numpy."""
+    """Projected bytes without held inputs. Compiled, one thread at a time computes by numpy and
+    another compares its loop with that."""
     steps = list(_distinct(plan.steps))
     blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
     arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
     if fuse:
-        return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays
+        trial = 4 * max((_grain_bytes(step) for step in steps), default=0)
+        return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays + trial
     return reserved + threads * (blocks + arrays)
 
 
@@ -134,7 +136,7 @@ def _beside_loops(steps: Sequence[Step]) -> int:
         extra = sum(o.info.dtype == "F16" for o in step.inputs) + (
             step.dtype not in ("BF16", "F32")
         )
-        found = max(found, extra * min(grain_rows(step.shape), step.rows) * step.cols * 4)
+        found = max(found, extra * _grain_bytes(step))
     return found
 
 
@@ -143,7 +145,12 @@ def _array_bytes(plan: Plan, step: Step) -> int:
     if step.copy:
         return 0
     arrays = len(step.inputs) + plan.recipe.method.workspace * len(step.operands) + FIXED_ARRAYS
-    return arrays * min(grain_rows(step.shape), step.rows) * step.cols * 4
+    return arrays * _grain_bytes(step)
+
+
+def _grain_bytes(step: Step) -> int:
+    """Of one grain in float32."""
+    return min(grain_rows(step.shape), step.rows) * step.cols * 4
 
 
 def _distinct(steps: Iterable[Step]) -> Iterable[Step]:

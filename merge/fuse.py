@@ -197,6 +197,7 @@ class Loop:
 
     source: str
     numbers: tuple[NDArray[Any], ...]
+    inputs: tuple[np.dtype[Any], ...]
     outputs: tuple[np.dtype[Any], ...]
 
     def run(
@@ -208,9 +209,10 @@ class Loop:
         from those of infinity on, it holds an infinity or a NaN. Raises UntraceableError where the loop
         cannot be compiled here.
         """
-        compiled = _compiled(self.source)
         arrays = [*self.numbers, *inputs, *out]
-        assert all(array.flags.c_contiguous for array in arrays)
+        compiled = _compiled(self.source, len(arrays) + 1)
+        assert all(array.flags.c_contiguous and array.flags.aligned for array in arrays)
+        assert all(array.size == inputs[0].size for array in inputs)
         largest = np.zeros(len(inputs) + len(out), np.uint64)
         places = (array.ctypes.data for array in (*arrays, largest))
         compiled(inputs[0].size, first & 0xFFFFFFFF, first >> 32, *places)
@@ -236,7 +238,8 @@ def traced(
     if not all(isinstance(result, Symbol) for result in results):
         raise UntraceableError("a result that does not depend on the inputs")
     numbers = tuple(np.array(trace.numbers[k], dtype=k) for k in ("f4", "f8", "u4"))
-    return Loop(_source(trace, loaded, results, kind), numbers, tuple(r.dtype for r in results))
+    source = _source(trace, loaded, results, kind)
+    return Loop(source, numbers, tuple(dtypes), tuple(r.dtype for r in results))
 
 
 def _load(trace: _Trace, array: str, dtype: "np.dtype[Any]", at: str) -> str:
@@ -295,10 +298,12 @@ def _sum_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]
     """LANES elements at a time, each added to its lane."""
     lines = ["%i = add i64 %start, %j", *trace.lines]
     for i, result in enumerate(results):
+        if result.dtype != np.float64:
+            raise UntraceableError(f"sums of type {result.dtype}")
         lines += [
             f"%p{i} = getelementptr double, ptr %out{i}, i64 %j",
             f"%sum{i} = load double, ptr %p{i}",
-            f"%more{i} = fadd double %sum{i}, {trace.cast(result, np.dtype(np.float64))}",
+            f"%more{i} = fadd double %sum{i}, {result.name}",
             f"store double %more{i}, ptr %p{i}",
         ]
     return _in_parts(LANES, lines, [])
@@ -394,21 +399,21 @@ def available() -> bool:
     return importlib.util.find_spec("llvmlite") is not None
 
 
-def _compiled(source: str) -> Callable[..., None]:
-    """The loop of `source` as machine code; once per process."""
+def _compiled(source: str, places: int) -> Callable[..., None]:
+    """The loop of `source` as machine code that takes so many places in memory; once per process."""
     found = _loops.get(source)
     if found is not None:
         return found
     with _compiling:
         if source not in _loops:
             try:
-                _loops[source] = _compile(source)
+                _loops[source] = _compile(source, places)
             except (ImportError, OSError, RuntimeError) as error:
                 raise UntraceableError(f"LLVM cannot compile the loop: {error}") from error
     return _loops[source]
 
 
-def _compile(source: str) -> Callable[..., None]:
+def _compile(source: str, places: int) -> Callable[..., None]:
     from llvmlite import binding
 
     if not _engines:
@@ -426,7 +431,6 @@ def _compile(source: str) -> Callable[..., None]:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     _engines.append(engine)
-    places = source.split("\n", 1)[0].count("ptr")
     of = ctypes.CFUNCTYPE(
         None, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32, *[ctypes.c_void_p] * places
     )

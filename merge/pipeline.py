@@ -1,6 +1,6 @@
 """The main job, top to bottom: recipe -> plan -> stream -> write -> verify -> score."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -113,14 +113,14 @@ def run_recipe(
         growing.close_files()
         growing.write_text(CARD, model_card(plan))
         growing.write_text(PROVENANCE, provenance(plan, growing.digests, growing.inputs))
-        verified = _verified(growing.model, budget, progress, read_back=growing.digests)
+        verified = _verified(growing.model, budget, progress, read_back=growing.offsets())
         growing.publish()
     taken_up = len(plan.steps) - len(pending)
     return Result(folder, plan, budget, False, taken_up, verified | {"folder": str(folder)})
 
 
 def _verified(
-    folder: Path, budget: Budget, progress: Progress, *, read_back: Container[str] = ()
+    folder: Path, budget: Budget, progress: Progress, *, read_back: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     with progress("verify", size) as count:

@@ -191,9 +191,7 @@ class _Job:
             if not self.was_read:
                 for a, b in self._grains(block):
                     grain = rows[a - first : b - first]
-                    if (
-                        not self.formula.merges_as_it_reads
-                    ):  # then it is checked together with the output
+                    if not self.formula.merges_as_it_reads:  # else checked together with the output
                         self._check_input(index, grain, a)
                     self.input_digests[index, a] = grain_digest(grain)
                 self.progress(rows.nbytes)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,14 @@ def verify_folder(
     folder: Path,
     *,
     threads: int | None = None,
-    read_back: Container[str] = (),
+    read_back: Mapping[str, int] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """What was verified, as a table; raises VerifyError at the first thing that is wrong, RequestError
     where `folder` is none.
 
-    read_back: tensors that were compared with their digests as they were written, or taken up.
-
-    With a provenance file every tensor's shape, dtype and digest is compared with it; without one
-    (a model that another tool made) headers, index and finite values are checked.
+    read_back: tensors whose bytes were compared with their digests before, and the offsets at which
+    they were found; of these only the header is compared.
     """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
@@ -66,7 +64,7 @@ def verify_folder(
 
     def check(item: tuple[str, TensorInfo]) -> None:
         name, info = item
-        if name not in read_back:
+        if (read_back or {}).get(name) != info.offset:
             _check_tensor(
                 folder, name, info, expected.get(name, {}).get("digest"), provenance is not None
             )
@@ -140,25 +138,36 @@ def _is_carried(file: str) -> bool:
 def _check_tensor(
     folder: Path, name: str, info: TensorInfo, digest: str | None, known: bool
 ) -> None:
-    descriptor = os.open(info.file, os.O_RDONLY)
-    place = (descriptor, info.offset, info.shape, info.dtype)
     try:
-        if known:
-            found = stored_digest(place)
-            if found != digest:
-                raise VerifyError(
-                    f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes "
-                    f"changed since it was written"
-                )
-            return
-        for first, rows in _grains(place):
-            at = first_nonfinite(rows, info.dtype)
-            if at is not None:
-                raise VerifyError(
-                    f"{folder}: tensor {name!r} holds NaN or infinity in element {first * info.cols + at}"
-                )
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(info.file, os.O_RDONLY)
+        try:
+            place = (descriptor, info.offset, info.shape, info.dtype)
+            if known:
+                _check_digest(folder, name, stored_digest(place), digest)
+            else:
+                _check_finite(folder, name, place)
+        finally:
+            os.close(descriptor)
+    except (OSError, EOFError) as error:
+        raise VerifyError(f"{folder}: tensor {name!r} cannot be read: {error}") from None
+
+
+def _check_digest(folder: Path, name: str, found: str | None, digest: str | None) -> None:
+    if found != digest:
+        raise VerifyError(
+            f"{folder}: tensor {name!r} has digest {found}, not {digest}: its bytes "
+            f"changed since it was written"
+        )
+
+
+def _check_finite(folder: Path, name: str, place: Place) -> None:
+    _, cols = rows_and_cols(place[2])
+    for first, rows in _grains(place):
+        at = first_nonfinite(rows, place[3])
+        if at is not None:
+            raise VerifyError(
+                f"{folder}: tensor {name!r} holds NaN or infinity in element {first * cols + at}"
+            )
 
 
 def verify_loading(folder: Path) -> dict[str, Any]:
@@ -240,15 +249,13 @@ def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
 
 def check_stored(
     folder: Path, name: str, place: Place, first_row: int, digests: Sequence[bytes]
-) -> int:
-    """Compares the grains from `first_row` on with their digests; the bytes read. Raises VerifyError."""
+) -> None:
+    """Raises VerifyError unless the stored grains from `first_row` on have these digests."""
     count = len(digests) * grain_rows(place[2])
-    read = 0
     try:
         for expected, (first, rows) in zip(
             digests, _grains(place, first_row, first_row + count), strict=True
         ):
-            read += rows.nbytes
             if grain_digest(rows) != expected:
                 raise VerifyError(
                     f"{folder}: tensor {name!r} is not stored as it was merged, from row {first} on; "
@@ -256,7 +263,6 @@ def check_stored(
                 )
     except (OSError, EOFError) as error:
         raise VerifyError(f"{folder}: tensor {name!r} cannot be read back: {error}") from None
-    return read
 
 
 def stored_digest(place: Place) -> str | None:

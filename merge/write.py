@@ -27,9 +27,7 @@ from merge.sources.safetensors import INDEX, SINGLE
 from merge.stream import StepDigests
 from merge.verify import check_stored, stored_digest
 
-ALIGNMENT = (
-    4096  # bytes: tensors that start at a page of the file are written and read twice as fast
-)
+ALIGNMENT = 4096  # bytes, a page: what starts there is written and read twice as fast
 LOCK, JOURNAL, MODEL, REPLACED = "lock", "journal.jsonl", "model", "replaced"
 
 
@@ -69,9 +67,9 @@ def index_text(plan: Plan, shards: Sequence[Shard]) -> str:
 
 
 def _shard(file: str, steps: Sequence[Step]) -> Shard:
-    """Wider dtypes first: torch reads a tensor in place only where it starts at a multiple of them;
-    whole pages before others, so that tensors start at pages."""
-    steps = sorted(steps, key=lambda s: (-STORAGE[s.dtype].itemsize, s.nbytes % ALIGNMENT > 0))
+    """Tensors of whole pages first, so that all of them start at one; then wider dtypes first: torch
+    reads a tensor in place only where it starts at a multiple of its values' size."""
+    steps = sorted(steps, key=lambda s: (s.nbytes % ALIGNMENT > 0, -STORAGE[s.dtype].itemsize))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for step in steps:
@@ -159,11 +157,17 @@ class PartialFolder:
         self._note(line)
         self.digests[step.name] = digests
 
+    def offsets(self) -> dict[str, int]:
+        """Where in its file every tensor lies that was read back or taken up."""
+        return {name: self._places[name][1] for name in self.digests}
+
     def close_files(self) -> None:
-        """Headers and index: from here on the files can be loaded."""
+        """Headers and index: from here on the files can be loaded. What the disk refused to take is
+        told here at the latest."""
         for shard in self.shards:
             with writing(self.model / shard.file):
                 os.pwrite(self._descriptors[shard.file], shard.header, 0)
+                os.fsync(self._descriptors[shard.file])
         if len(self.shards) > 1:
             self.write_text(INDEX, index_text(self.plan, self.shards))
 
@@ -253,7 +257,10 @@ class PartialFolder:
             if step is None or not isinstance(line.get("inputs"), list):
                 return False
             file, start = self._places[step.name]
-            found = stored_digest((self._descriptors[file], start, step.shape, step.dtype))
+            try:
+                found = stored_digest((self._descriptors[file], start, step.shape, step.dtype))
+            except OSError:  # the disk does not give it back: it is written anew
+                return False
             return found == line.get("output") and len(line["inputs"]) == len(step.inputs)
 
         with ThreadPoolExecutor(self.threads) as pool:

@@ -2,38 +2,46 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from merge.disk import read_at, write_at
+from merge.disk import UNCACHED, read_at, write_at
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> int:
-    return os.open(tmp_path / "f", os.O_CREAT | os.O_RDWR)
+def file(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path / "f", os.O_CREAT | os.O_RDWR)
+    yield descriptor
+    os.close(descriptor)
 
 
-@pytest.fixture(params=["as it is", "unsupported", "invalid"])
-def uncached(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system as it is, and as others refuse the flag."""
-    if request.param == "as it is":
-        return
-    refusal = {"unsupported": errno.EOPNOTSUPP, "invalid": errno.EINVAL}[request.param]
+REFUSALS = {
+    "as it is": None,
+    "an older kernel": OSError(errno.EOPNOTSUPP, "not supported"),
+    "a file system that cannot": OSError(errno.EINVAL, "invalid"),
+    "a sandbox": OSError(errno.ENOSYS, "no such call"),
+    "a Python without flags": NotImplementedError("preadv2"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize("place", [0, 1, 4096, 5000])
+def test_what_was_written_is_read(
+    file: int, place: int, refusal: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
     for name in ("preadv", "pwritev"):
 
-        def refusing(*given: Any, real: Any = getattr(os, name)) -> int:
-            if len(given) > 3 and given[3]:
-                raise OSError(refusal, os.strerror(refusal))
+        def watched(*given: Any, real: Any = getattr(os, name)) -> int:
+            asked.append(given[3] if len(given) > 3 else 0)
+            if asked[-1] and refusal:
+                raise refusal
             return int(real(*given))
 
-        monkeypatch.setattr(os, name, refusing)
-
-
-@pytest.mark.usefixtures("uncached")
-@pytest.mark.parametrize("place", [0, 1, 4096, 5000])
-def test_what_was_written_is_read(file: int, place: int) -> None:
+        monkeypatch.setattr(os, name, watched)
     data = os.urandom(20_000)
     parts = [memoryview(data)[:7], memoryview(data)[7:7], memoryview(data)[7:]]
     write_at(file, parts, place, uncached=True)
@@ -41,6 +49,9 @@ def test_what_was_written_is_read(file: int, place: int) -> None:
     read_at(file, memoryview(out), place, uncached=True)
     assert out == data
     assert os.pread(file, 1 << 20, 0) == bytes(place) + data
+    once = [UNCACHED, 0] if refusal and UNCACHED else [UNCACHED]
+    assert asked[: len(once)] == once
+    assert asked.count(UNCACHED) >= 2  # the write and the read
 
 
 def test_a_short_write_or_read_goes_on(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +72,5 @@ def test_a_file_that_ends_too_early_is_told_with_its_end(file: int) -> None:
 
 def test_other_errors_are_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
-    only_reading = os.open(tmp_path / "f", os.O_RDONLY)
-    with pytest.raises(OSError, match="Bad file"):
-        write_at(only_reading, [memoryview(b"a")], 0, uncached=True)
+    with (tmp_path / "f").open("rb") as reading, pytest.raises(OSError, match="Bad file"):
+        write_at(reading.fileno(), [memoryview(b"a")], 0, uncached=True)

@@ -114,9 +114,8 @@ def test_a_loop_that_disagrees_with_numpy_is_not_used(caplog: pytest.LogCaptureF
 
 def test_a_loop_that_does_not_compile_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
     broken = traced(lambda x, index, high: [x[0] * 5.0 - 8.0], [A.dtype], "store")
-    broken = Loop(
-        broken.source.replace("%f4_0\n", "%no_such_name\n"), broken.numbers, broken.outputs
-    )
+    source = broken.source.replace("%f4_0\n", "%no_such_name\n")
+    broken = Loop(source, broken.numbers, broken.inputs, broken.outputs)
     function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", broken, True)
     assert np.array_equal(function(([A[1:]], 0))[0], A[1:] * 2.0)
     assert "without compiled loops" in caplog.text
@@ -131,6 +130,22 @@ def test_a_storing_loop_tells_the_largest_magnitude_of_inputs_and_results(value:
     largest = loop.run(0, [x, y], [np.empty_like(x)])
     expected = [np.abs(a).view(np.uint32).max() for a in (x, y, x * np.float32(0.5))]
     assert largest.tolist() == expected
+
+
+def test_sums_of_anything_but_float64_are_refused() -> None:
+    with pytest.raises(UntraceableError, match="sums of type float32"):
+        traced(lambda x, index, high: [x[0] * 2.0], [A.dtype], "sum")
+
+
+def test_a_loop_that_sees_no_infinities_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    blind = traced(lambda x, index, high: [x[0] * 2.0], [A.dtype], "store")
+    source = blind.source.replace("and i32 %bits0, 2147483647", "and i32 %bits0, 8388607")
+    assert source != blind.source
+    blind = Loop(source, blind.numbers, blind.inputs, blind.outputs)
+    function = _GrainFunction(lambda raws, counter: [raws[0] * 2.0], "store", blind, True)
+    for _ in range(2):
+        assert not function.checked(([A[1:]], 0))[1]
+    assert "other bits" in caplog.text
 
 
 def test_shifting_out_every_bit_leaves_zero() -> None:

@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import contents, drawn, family, shapes, ties_recipe, typed, write_model, write_recipe
+from families import (
+    contents,
+    drawn,
+    family,
+    shapes,
+    stored,
+    ties_recipe,
+    typed,
+    write_model,
+    write_recipe,
+)
 from ran import Ran
 from safetensors import safe_open
 
@@ -149,6 +159,25 @@ def test_a_shard_is_closed_before_it_would_grow_too_large(recipe: Path) -> None:
         assert sum(sizes[name] for name in shard.offsets) <= 1000
         assert min(shard.offsets.values()) % ALIGNMENT == 0
     assert [name for shard in shards for name in shard.offsets] == [s.name for s in plan.steps]
+
+
+def test_tensors_start_where_they_can_be_used_in_place(tmp_path: Path) -> None:
+    """Whole pages at a page, others at a multiple of the size of their values."""
+    random = np.random.default_rng(0)
+    tensors = {
+        f"{name}.{dtype}": (dtype, stored(random.random(shape, dtype=np.float32), dtype))
+        for name, shape in (("odd", (3, 7)), ("page", (32, 64)), ("pages", (128, 96)))
+        for dtype in ("BF16", "F32")
+    }
+    write_model(tmp_path / "m", tensors)
+    write_recipe(tmp_path / "r.yaml", models={"m": None}, merge_method="passthrough")
+    plan = plan_recipe(tmp_path / "r.yaml")
+    (shard,) = layout(plan)
+    for step in plan.steps:
+        whole = step.nbytes % ALIGNMENT == 0
+        unit = ALIGNMENT if whole else {"BF16": 2, "F32": 4}[step.dtype]
+        assert shard.offsets[step.name] % unit == 0
+    assert sum(step.nbytes % ALIGNMENT == 0 for step in plan.steps) == 4
 
 
 def test_a_tensor_larger_than_a_shard_gets_one_of_its_own(recipe: Path) -> None:
