@@ -17,22 +17,24 @@ NOTHING = 1e-8  # a smaller divisor means that no model agrees
 
 
 def magnitude_thresholds(size: int, *, density: Sequence[float], **_: Any) -> Passes | None:
-    """Per model the k-th largest |x|, k = floor(density * size) but at least 1; exact.
+    """Per model the k-th largest |x|, k = floor(density * size) but at least 1; exact."""
+    if all(d == 1.0 for d in density):
+        return None
+    return magnitudes_at([(i, max(1, int(d * size))) for i, d in enumerate(density)])
+
+
+def magnitudes_at(wanted: Sequence[tuple[int, int]]) -> Passes:
+    """For each (model, rank) the rank-th largest |x| of that model, float32 [wanted]; exact.
 
     float32 magnitudes sort like their bits, so each pass counts bits in BINS bins of a bracket that
     holds the answer and the next pass takes the one bin that it fell in: two passes from 31 bits.
     """
-    if all(d == 1.0 for d in density):
-        return None
-    return _searched_thresholds([max(1, int(d * size)) for d in density])
-
-
-def _searched_thresholds(ranks: Sequence[int]) -> Passes:
-    low, high = [0] * len(ranks), [LARGEST] * len(ranks)
-    remaining = list(ranks)  # rank counted from the top of the bracket
+    models = [model for model, _ in wanted]
+    remaining = [rank for _, rank in wanted]  # counted from the top of the bracket
+    low, high = [0] * len(wanted), [LARGEST] * len(wanted)
     while any(a < b for a, b in zip(low, high, strict=True)):
         shift = [max(0, (b - a).bit_length() - 16) for a, b in zip(low, high, strict=True)]
-        counts = yield Counts(partial(_bins, low=low, shift=shift))
+        counts = yield Counts(partial(_bins, models=models, low=low, shift=shift))
         for i, bins in enumerate(counts):
             bins[((high[i] - low[i]) >> shift[i]) + 1 :] = 0  # above the bracket
             from_top = np.cumsum(bins[::-1])
@@ -46,11 +48,13 @@ def _searched_thresholds(ranks: Sequence[int]) -> Passes:
     return np.array(low, dtype=np.uint32).view(np.float32)
 
 
-def _bins(x: Models, *, low: Sequence[int], shift: Sequence[int]) -> list[NDArray[np.uint32]]:
+def _bins(
+    x: Models, *, models: Sequence[int], low: Sequence[int], shift: Sequence[int]
+) -> list[NDArray[np.uint32]]:
     """(bits of |x| - low) >> shift; what lies below `low` wraps around to large numbers."""
     return [
-        (np.abs(model).view(np.uint32) - np.uint32(first)) >> np.uint32(by)
-        for model, first, by in zip(x, low, shift, strict=True)
+        (np.abs(x[model]).view(np.uint32) - np.uint32(first)) >> np.uint32(by)
+        for model, first, by in zip(models, low, shift, strict=True)
     ]
 
 

@@ -27,7 +27,13 @@ class Case:
 
     @property
     def id(self) -> str:
-        return "-".join([self.method, *self.own, *(f"{k}={v}" for k, v in self.shared.items())])
+        return "-".join(
+            [
+                f"{self.method}({self.models})",
+                *self.own,
+                *(f"{k}={v}" for k, v in self.shared.items()),
+            ]
+        )
 
 
 W = [0.5, 0.3, -0.2]
@@ -47,13 +53,23 @@ CASES = [
     Case("dare_linear", 3, {"weight": W, "density": [0.5] * 3}, {"rescale": False, "normalize": True}),
     Case("dare_ties", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
     Case("dare_ties", 3, {"weight": W, "density": [0.5] * 3}, {"normalize": True, "lambda": 0.5}),
+    Case("breadcrumbs", 3, {"weight": W, "density": [0.5, 0.71, 0.3], "gamma": [0.01, 0.1, 0.0]}),
+    Case("breadcrumbs", 3, {"weight": W, "density": [0.9, 1.0, 0.2], "gamma": [0.3, 0.1, 0.01]},
+         {"normalize": True, "lambda": 0.8}),
+    Case("breadcrumbs_ties", 3, {"weight": W, "density": [0.5, 0.71, 0.3], "gamma": [0.05] * 3}),
+    Case("breadcrumbs_ties", 3, {"weight": W, "density": [0.5] * 3}, MERGEKITS_WAY),
+    Case("model_stock", 3),
+    Case("model_stock", 2),
+    Case("karcher", 3),
+    Case("karcher", 2, {}, {"max_iter": 100, "tol": 1e-9}),
+    Case("nearswap", 1, {}, {"t": 0.05}),
 ]  # fmt: skip
 
 Values = Mapping[str, NDArray[Any]]
 
 
 def needs_base(case: Case) -> bool:
-    return case.method not in ("linear", "passthrough")
+    return case.method not in ("linear", "passthrough", "karcher")
 
 
 def write_case(

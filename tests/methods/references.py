@@ -112,7 +112,86 @@ def dare_ties(
     return np.asarray(base + elect_and_merge(kept, **rest))
 
 
+def crumbs(x: list[Tensor], base: Tensor, density: list[float], gamma: list[float]) -> list[Tensor]:
+    """Section 3 of the Breadcrumbs paper: what is left between the two masks, ties included."""
+    out = []
+    for model, d, g in zip(x, density, gamma, strict=True):
+        # which magnitudes are equal is decided in the engine's float32
+        delta = (model.astype(np.float32) - base.astype(np.float32)).astype(np.float64)
+        sizes = np.sort(np.abs(delta).ravel())[::-1]
+        kept = max(1, int(d * delta.size))
+        above = min(int(g * delta.size), delta.size - kept)
+        stays = (np.abs(delta) <= sizes[above]) & (np.abs(delta) >= sizes[above + kept - 1])
+        out.append(np.where(stays, delta, 0.0))
+    return out if any(d < 1 for d in density) else [m - base for m in x]
+
+
+def breadcrumbs(
+    x: list[Tensor], base: Tensor, name: str, *, density: list[float], gamma: list[float], **rest: Any
+) -> Tensor:  # fmt: skip
+    kept = [d + base for d in crumbs(x, base, density, gamma)]
+    return task_arithmetic(kept, base, name, **rest)
+
+
+def breadcrumbs_ties(
+    x: list[Tensor], base: Tensor, name: str, *, density: list[float], gamma: list[float], **rest: Any
+) -> Tensor:  # fmt: skip
+    return np.asarray(base + elect_and_merge(crumbs(x, base, density, gamma), **rest))
+
+
+def model_stock(x: list[Tensor], base: Tensor, name: str) -> Tensor:
+    """Equation 4 of the Model Stock paper, its angle averaged over all pairs."""
+    deltas = [(m - base).ravel() for m in x]
+    units = [d / np.linalg.norm(d) for d in deltas]
+    n = len(x)
+    cosine = np.mean([units[i] @ units[j] for i in range(n) for j in range(i)])
+    t = n * cosine / (1 + (n - 1) * cosine)
+    return np.asarray(base + t * np.mean(deltas, axis=0).reshape(base.shape))
+
+
+def karcher(
+    x: list[Tensor], base: Tensor | None, name: str, *, max_iter: int, tol: float
+) -> Tensor:
+    """Gradient steps on the sphere with the vectors themselves."""
+    norms = [np.linalg.norm(m) for m in x]
+    units = [m.ravel() / n for m, n in zip(x, norms, strict=True)]
+    mean = np.sum(units, axis=0)
+    mean /= np.linalg.norm(mean)
+    for _ in range(max_iter):
+        step = np.zeros_like(mean)
+        for unit in units:
+            angle = np.arccos(np.clip(unit @ mean, -1, 1))
+            tangent = unit - (unit @ mean) * mean
+            length = np.linalg.norm(tangent)
+            step += angle * tangent / length / len(x) if length > 1e-12 else 0.0
+        size = np.linalg.norm(step)
+        if size < tol:
+            break
+        mean = np.cos(size) * mean + np.sin(size) * step / size
+    return np.asarray(np.mean(norms) * mean.reshape(x[0].shape))
+
+
+def nearswap(x: list[Tensor], base: Tensor, name: str, *, t: float) -> Tensor:
+    """(1 - w) base + w x with w = t / |x - base|, at most 1."""
+    delta = x[0] - base
+    weight = np.minimum(1.0, t / np.maximum(np.abs(delta), 1e-300))
+    return np.asarray((1 - weight) * base + weight * x[0])
+
+
 REFERENCES: Mapping[str, Reference] = {
     f.__name__: f
-    for f in (linear, passthrough, slerp, task_arithmetic, ties, dare_linear, dare_ties)
+    for f in (
+        linear,
+        passthrough,
+        slerp,
+        task_arithmetic,
+        ties,
+        dare_linear,
+        dare_ties,
+        breadcrumbs,
+        breadcrumbs_ties,
+        model_stock,
+        karcher,
+        nearswap,
+    )
 }

@@ -113,7 +113,10 @@ def test_equal_models_come_back_unchanged(case: Case) -> None:
     assert np.array_equal(found[NAME], read_values(folder / "m0")[NAME])
 
 
-@pytest.mark.parametrize("method", [m for m in REFERENCES if m not in ("slerp", "passthrough")])
+WEIGHED = [name for name, method in all_methods().items() if "weight" in method.parameters]
+
+
+@pytest.mark.parametrize("method", WEIGHED)
 @pytest.mark.parametrize("fuse", [False, True])
 def test_one_model_of_weight_1_and_density_1_comes_back(method: str, fuse: bool) -> None:
     case = Case(method, 1, {"weight": [1.0]})
@@ -132,6 +135,11 @@ HAND = [[1, 2, 3, 4], [5, 6, 7, 8], [-1, -2, -3, -4], [0, 0, 0, 0]]
 STEP_A = [[4, -3, 2, 1], [0, 0, 0, 0], [8, 0, 0, 0], [1, 1, 1, 1]]
 STEP_B = [[2, 5, -2, 0], [6, 0, 0, 0], [-4, 0, 0, 0], [1, 1, 1, 1]]
 WORKED = {
+    # of a's 16 values the two largest, 8 and 4, go and four stay: 3, 2 and, being equal, all the 1s
+    "breadcrumbs": (
+        {"weight": [1.0, 0.0], "density": [0.25, 0.25], "gamma": [0.125, 0.125]}, {},
+        [[0, -3, 2, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]],
+    ),
     # trimmed to the 3 largest of 16 (k = floor(.2 * 16) = 3): a keeps 8, 4, -3; b keeps 6, 5, -4
     "ties": (
         {"weight": [1.0, 1.0], "density": [0.2, 0.2]}, {},
@@ -168,6 +176,49 @@ def test_slerp_hand_worked() -> None:
     recipe = write_case(folder, Case("slerp", 2, {}, {"t": 0.5}), [{NAME: a}, {NAME: b}], {}, "F32")
     found, _ = merged(recipe)
     assert found[NAME][0, 0] == found[NAME][1, 1] == np.float32(np.sqrt(2))
+
+
+def test_model_stock_hand_worked() -> None:
+    """Task vectors at right angles leave the base, equal ones give their models."""
+    base = {NAME: np.zeros((4, 4), np.float32)}
+    a, b = np.zeros((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    a[0, 0], b[1, 1] = 2.0, 3.0
+    for models, expected in (([a, b], base[NAME]), ([a, a], a), ([a, a * 0.5], a * 0.75)):
+        folder = Path(tempfile.mkdtemp())
+        case = Case("model_stock", 2)
+        found, _ = merged(write_case(folder, case, [{NAME: m} for m in models], base, "F32"))
+        assert np.allclose(found[NAME], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_model_stock_keeps_small_task_vectors(size: float) -> None:
+    """mergekit clamps the norms at 1e-6, so that small equal task vectors shrink."""
+    base, (model,) = family((10, 10), 1, size=size)
+    folder = Path(tempfile.mkdtemp())
+    recipe = write_case(folder, Case("model_stock", 2), [model, model], base, "F32")
+    found, _ = merged(recipe)
+    assert np.abs(found[NAME] - model[NAME]).max() <= 2.0**-22 * np.abs(base[NAME]).max()
+
+
+def test_karcher_hand_worked() -> None:
+    """The mean of the three axes is their diagonal; a tensor of zeros has no say."""
+    axes = [np.zeros((4, 4), np.float32) for _ in range(4)]
+    for i in range(3):
+        axes[i][0, i] = i + 1.0
+    for count in (3, 4):
+        folder = Path(tempfile.mkdtemp())
+        models = [{NAME: axis} for axis in axes[:count]]
+        found, _ = merged(write_case(folder, Case("karcher", count), models, {}, "F32"))
+        assert np.allclose(found[NAME][0, :3], 2.0 / np.sqrt(3), rtol=1e-6, atol=0)
+
+
+def test_nearswap_hand_worked() -> None:
+    base = {NAME: np.zeros((1, 4), np.float32)}
+    model = {NAME: np.array([[0.25, -0.25, 3.0, -3.0]], np.float32)}
+    folder = Path(tempfile.mkdtemp())
+    case = Case("nearswap", 1, {}, {"t": 0.5})
+    found, _ = merged(write_case(folder, case, [model], base, "F32"))
+    assert found[NAME].tolist() == [[0.25, -0.25, 0.5, -0.5]]
 
 
 def test_passthrough_copies_bits_and_scales() -> None:

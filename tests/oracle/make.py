@@ -73,6 +73,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "dare_linear": _delta("dare_linear", {}, weight=WEIGHTS, density=[1.0] * 3),
     "dare_ties": _delta("dare_ties", {"normalize": True}, weight=WEIGHTS, density=[1.0] * 3),
+    "breadcrumbs": _delta(
+        "breadcrumbs", {}, weight=WEIGHTS, density=[0.5, 0.7, 0.3], gamma=[0.01, 0.1, 0.05]
+    ),
+    "breadcrumbs_ties": _delta(
+        "breadcrumbs_ties", {"normalize": True}, weight=WEIGHTS, density=[0.5] * 3, gamma=[0.05] * 3
+    ),
+    "model_stock": _delta("model_stock", {}),
+    "karcher": _without_base(_delta("karcher", {})),
+    "nearswap": {
+        "merge_method": "nearswap", "base_model": "base", "dtype": "float32",
+        "models": [{"model": "a"}], "parameters": {"t": 0.05},
+    },
     "passthrough": {"merge_method": "passthrough", "dtype": "float32", "models": [{"model": "a"}]},
 }  # fmt: skip
 
