@@ -241,7 +241,7 @@ def plan_command(
 
 
 def _say_plan(plan: "Plan", facts: dict[str, Any], place: str, memory: str) -> None:
-    based = plan.base is not None and plan.recipe.method.base == "required"
+    based = plan.recipe.task_vectors
     models = f"{len(plan.models) - based} models{' on a base' if based else ''}"
     click.echo(f"{facts['method']} of {models}, {len(plan.steps)} tensors")
     for i, model in enumerate(plan.models):

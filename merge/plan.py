@@ -231,7 +231,7 @@ class _Planner:
         chosen = [
             i
             for i, model in enumerate(self.entries)
-            if not (method.base == "required" and model == self.base)
+            if not (self.recipe.task_vectors and model == self.base)
         ]
         operands = [self._operand(self.entries[i], name, base) for i in chosen]
         parameters = self._parameters(name, chosen)
@@ -240,7 +240,7 @@ class _Planner:
         if method.check and (problem := method.check(**method.arguments(parameters))):
             raise PlanError(f"{self.recipe.where('models')}: {name}: {problem}")
         copy = method.copies(**method.arguments(parameters)) and operands[0].info.dtype == dtype
-        delta_base = base if method.space == "delta" else None
+        delta_base = base if self.recipe.task_vectors else None
         return Step(name, info.shape, dtype, tuple(operands), delta_base, parameters, copy)
 
     def _operand(self, index: int, name: str, base: Operand) -> Operand:

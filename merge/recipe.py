@@ -86,6 +86,11 @@ class Recipe:
     lines: Lines
 
     @property
+    def task_vectors(self) -> bool:
+        """Whether the models are taken as task vectors on the base, which has none itself."""
+        return _on_a_base(self.sections, self.method)
+
+    @property
     def models(self) -> list[str]:
         return [entry.model for entry in self.sections.models]
 
@@ -137,7 +142,7 @@ def parse_recipe(text: str, file: str = "recipe") -> Recipe:
     resolution = Resolution(method, lines, method.mergekit if sections.compat == "mergekit" else {})
     settings = tuple(
         {}  # the base itself has no task vector
-        if method.base == "required" and entry.model == sections.base_model
+        if _on_a_base(sections, method) and entry.model == sections.base_model
         else resolution.of_model(own[i], common, ("models", i))
         for i, entry in enumerate(sections.models)
     )
@@ -155,14 +160,17 @@ def _method(name: str, lines: Lines) -> Method:
 def _check_models(sections: Sections, method: Method, lines: Lines) -> None:
     """Raises RecipeError unless base_model and the number of models suit the method."""
     names = [entry.model for entry in sections.models]
-    if method.base != "donor" and sections.base_model is None:
+    on_a_base = _on_a_base(sections, method)
+    if method.base in ("required", "first") and sections.base_model is None:
         what = f"{method.name} needs base_model, the model that the others were made from"
         raise lines.error(("merge_method",), what)
     others = [name for name in names if name != sections.base_model]
-    if method.base == "required" and not others:
+    if on_a_base and not others:
         what = f"{method.name} has no model beside its base; list at least one other"
         raise lines.error(("models",), what)
-    counted = len(names) if method.base == "donor" else len(others) + (method.base == "first")
+    counted = len(others) + (method.base == "first") if sections.base_model else len(names)
+    if method.base == "donor":
+        counted = len(names)
     low, high = method.models
     if not low <= counted <= high:
         wanted = f"{low}" if low == high else f"{low} to {high}"
@@ -173,6 +181,11 @@ def _check_models(sections: Sections, method: Method, lines: Lines) -> None:
         if names.index(name) != i and method.base != "donor":
             what = f"model {name!r} is listed twice; give it one entry with the summed weight"
             raise lines.error(("models", i), what)
+
+
+def _on_a_base(sections: Sections, method: Method) -> bool:
+    given = sections.base_model is not None
+    return method.base == "required" or (method.base == "optional" and given)
 
 
 def _validation_error(error: ValidationError, lines: Lines) -> RecipeError:

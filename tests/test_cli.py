@@ -102,7 +102,7 @@ def test_a_method_is_documented_from_its_signature(command: Command, name: str) 
 def test_all_methods_are_listed(command: Command) -> None:
     lines = command("methods").out.splitlines()
     assert [line.split()[0] for line in lines] == list(all_methods())
-    assert "there are dare_linear" in command("methods", "tis").error
+    assert "there are breadcrumbs" in command("methods", "tis").error
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ validation, `mergetool methods NAME` and the tables of the documentation all com
 
 Further positional arguments are handed in by their names:
     x        list of arrays; with space="delta" they are task vectors and the result is added to the base
+             (base="optional": where the recipe names one)
     stats    what the method's statistics passes found out about the whole tensor
     random   random(i) -> uint32 array like x[i], the same for the same seed, tensor, model and element
 
@@ -126,13 +127,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. `base` is "required", "first" (one of the models, put first) or "donor"
-    (only lends its files). `workspace` counts the float32 arrays of a grain alive at once, per model."""
+    """A registered method. `base` is "required", "optional" (without one the models themselves take the
+    place of task vectors), "first" (one of the models, put first) or "donor" (only lends its files).
+    `workspace` counts the float32 arrays of a grain alive at once, per model."""
 
     name: str
     function: Callable[..., Array]
     space: Literal["weights", "delta"]
-    base: Literal["required", "first", "donor"]
+    base: Literal["required", "optional", "first", "donor"]
     models: tuple[int, int]
     passes: int
     workspace: int
@@ -163,7 +165,7 @@ _REGISTRY: dict[str, Method] = {}
 def method(
     *,
     space: Literal["weights", "delta"],
-    base: Literal["required", "first", "donor"],
+    base: Literal["required", "optional", "first", "donor"],
     models: tuple[int, int] = (1, 1000),
     passes: int = 0,
     workspace: int = 3,

@@ -19,5 +19,7 @@ def nearswap(x: Models, *, t: Annotated[float, Range(0)]) -> Array:
     """
     (delta,) = x
     limit = np.float32(t)
-    near = np.abs(delta) <= limit
-    return delta * near + limit * (delta > limit) - limit * (delta < -limit)
+    clipped: Array = delta * (np.abs(delta) <= limit)
+    clipped += limit * (delta > limit)
+    clipped -= limit * (delta < -limit)
+    return clipped

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.methods import Models, Passes, Range, Sums, method
+from merge.methods import Models, Passes, PerModel, Range, Sums, Weight, method
 from merge.methods.linear import weighted_sum
 from merge.numerics import Array
 
+COLLINEAR = 1e-7  # sine below which no arc is drawn; float64 tells smaller angles no more
 PARALLEL = 0.9995  # |cosine| above which sin(angle) is too small to divide by; mergekit's value
 
 
@@ -41,8 +42,7 @@ def slerp(x: Models, stats: Any, *, t: Annotated[float, Range(0, 1)]) -> Array:
     Parameters:
         t: 0 gives the base, 1 the other model
     """
-    norms = math.sqrt(stats[0, 0]) * math.sqrt(stats[1, 1])
-    cosine = float(stats[0, 1]) / norms if norms else 1.0
+    cosine = _cosine(stats, 0, 1, without=1.0)
     if abs(cosine) > PARALLEL:
         return weighted_sum(x, [1.0 - t, t])
     angle = math.acos(cosine)
@@ -119,6 +119,82 @@ def _karcher_mean(cosines: NDArray[np.float64], max_iter: int, tol: float) -> ND
     return mean
 
 
-def _cosine(stats: NDArray[np.float64], i: int, j: int) -> float:
+def _no_direction(*, weight: list[float], **_: Any) -> str | None:
+    if abs(math.fsum(weight)) < 1e-6 * max(map(abs, weight)) or not any(weight):
+        return "the weights sum to 0, which gives no point between the models; change them"
+    return None
+
+
+def _not_flat(*, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool) -> str | None:
+    if not nuslerp_flatten or nuslerp_row_wise:
+        return "only nuslerp_flatten: true without nuslerp_row_wise can be run yet"
+    return _no_direction(weight=weight)
+
+
+@method(
+    space="delta", base="optional", models=(2, 2), passes=1, workspace=7, statistics=gram,
+    check=_not_flat, paper="Shoemake 1985, doi:10.1145/325334.325242",
+)  # fmt: skip
+def nuslerp(
+    x: Models,
+    stats: Any,
+    *,
+    weight: PerModel[Weight],
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+) -> Array:
+    """Point on the arc between two models, or between two task vectors where there is a base.
+
+    As slerp with t = w_1 / (w_0 + w_1), but only what is truly parallel is taken as such.
+
+    Parameters:
+        weight: share of this model
+        nuslerp_flatten: take each tensor as one vector
+        nuslerp_row_wise: take each row as a vector
+    """
+    t = weight[1] / math.fsum(weight)
+    cosine = min(1.0, max(-1.0, _cosine(stats, 0, 1, without=1.0)))
+    angle = math.acos(cosine)
+    if math.sin(angle) < COLLINEAR:
+        return weighted_sum(x, [1.0 - t, t])
+    return weighted_sum(x, [math.sin(part * angle) / math.sin(angle) for part in (1.0 - t, t)])
+
+
+@method(
+    space="delta", base="optional", models=(1, 1000), passes=1, workspace=2, statistics=gram,
+    check=lambda *, weight, normalize_weights, **_: _no_direction(weight=weight)
+    if normalize_weights else None,
+    paper="Buss and Fillmore 2001, doi:10.1145/502122.502124",
+)  # fmt: skip
+def multislerp(
+    x: Models,
+    stats: Any,
+    *,
+    weight: PerModel[Weight],
+    normalize_weights: bool = True,
+    eps: Annotated[float, Range(0)] = 1e-8,
+) -> Array:
+    """Weighted mean direction, with the weighted mean length; of task vectors where there is a base.
+
+    The first step towards the mean on the sphere: sum(w_i x_i / |x_i|) scaled to length
+    sum(w_i |x_i|). Where the directions cancel, the weighted sum of the models.
+
+    Parameters:
+        weight: share of this model
+        normalize_weights: divide the weights by their sum
+        eps: a shorter sum of directions counts as none
+    """
+    total = math.fsum(weight) if normalize_weights else 1.0
+    shares = np.array(weight) / total
+    norms = np.sqrt(np.diagonal(stats))
+    directions = np.divide(shares, norms, out=np.zeros(len(x)), where=norms > 0)
+    length = math.sqrt(max(0.0, float(directions @ stats @ directions)))
+    if length <= eps:
+        return weighted_sum(x, shares.tolist())
+    return weighted_sum(x, (directions * float(shares @ norms) / length).tolist())
+
+
+def _cosine(stats: NDArray[np.float64], i: int, j: int, *, without: float = 0.0) -> float:
+    """Of the angle between two models; `without`: where one of them is zero."""
     norms = math.sqrt(stats[i, i]) * math.sqrt(stats[j, j])
-    return float(stats[i, j]) / norms if norms else 0.0
+    return float(stats[i, j]) / norms if norms else without

@@ -24,12 +24,14 @@ class Case:
     models: int
     own: Mapping[str, list[float]] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+    based: bool = False  # with a base, where the method can do without
 
     @property
     def id(self) -> str:
         return "-".join(
             [
                 f"{self.method}({self.models})",
+                *(["based"] if self.based else []),
                 *self.own,
                 *(f"{k}={v}" for k, v in self.shared.items()),
             ]
@@ -63,13 +65,18 @@ CASES = [
     Case("karcher", 3),
     Case("karcher", 2, {}, {"max_iter": 100, "tol": 1e-9}),
     Case("nearswap", 1, {}, {"t": 0.05}),
+    Case("nuslerp", 2, {"weight": [0.6, 0.2]}),
+    Case("nuslerp", 2, {"weight": [0.6, 0.2]}, based=True),
+    Case("multislerp", 3, {"weight": [0.6, 0.3, 0.2]}),
+    Case("multislerp", 3, {"weight": [0.6, 0.3, 0.2]}, {"normalize_weights": False}, based=True),
 ]  # fmt: skip
 
 Values = Mapping[str, NDArray[Any]]
 
 
 def needs_base(case: Case) -> bool:
-    return case.method not in ("linear", "passthrough", "karcher")
+    without = ("linear", "passthrough", "karcher", "nuslerp", "multislerp")
+    return case.based or case.method not in without
 
 
 def write_case(

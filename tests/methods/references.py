@@ -178,6 +178,31 @@ def nearswap(x: list[Tensor], base: Tensor, name: str, *, t: float) -> Tensor:
     return np.asarray((1 - weight) * base + weight * x[0])
 
 
+def nuslerp(
+    x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float], **_: Any
+) -> Tensor:
+    origin = np.zeros_like(x[0]) if base is None else base
+    a, b = ((m - origin).ravel() for m in x)
+    t = weight[1] / sum(weight)
+    angle = np.arccos(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+    point = (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+    return np.asarray(origin + point.reshape(x[0].shape))
+
+
+def multislerp(
+    x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float],
+    normalize_weights: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """Mean direction of unit vectors times the mean of the lengths."""
+    origin = np.zeros_like(x[0]) if base is None else base
+    shares = np.array(weight) / (sum(weight) if normalize_weights else 1.0)
+    vectors = [(m - origin).ravel() for m in x]
+    norms = [np.linalg.norm(v) for v in vectors]
+    mean = sum(w * v / n for w, v, n in zip(shares, vectors, norms, strict=True))
+    mean = mean / np.linalg.norm(mean) * (shares @ norms)
+    return np.asarray(origin + mean.reshape(x[0].shape))
+
+
 REFERENCES: Mapping[str, Reference] = {
     f.__name__: f
     for f in (
@@ -193,5 +218,7 @@ REFERENCES: Mapping[str, Reference] = {
         model_stock,
         karcher,
         nearswap,
+        nuslerp,
+        multislerp,
     )
 }

@@ -15,6 +15,7 @@ from methods.cases import CASES, NAME, Case, merged, parameters_of, read_values,
 from methods.references import REFERENCES
 from numpy.typing import NDArray
 
+from merge.errors import PlanError
 from merge.methods import all_methods
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -113,7 +114,7 @@ def test_equal_models_come_back_unchanged(case: Case) -> None:
     assert np.array_equal(found[NAME], read_values(folder / "m0")[NAME])
 
 
-WEIGHED = [name for name, method in all_methods().items() if "weight" in method.parameters]
+WEIGHED = [m.name for m in all_methods().values() if "weight" in m.parameters and m.models[0] == 1]
 
 
 @pytest.mark.parametrize("method", WEIGHED)
@@ -210,6 +211,39 @@ def test_karcher_hand_worked() -> None:
         models = [{NAME: axis} for axis in axes[:count]]
         found, _ = merged(write_case(folder, Case("karcher", count), models, {}, "F32"))
         assert np.allclose(found[NAME][0, :3], 2.0 / np.sqrt(3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_directions_at_right_angles_hand_worked(method: str) -> None:
+    """Half way between two axes, on a base and without one; equal lengths stay."""
+    a, b, base = (np.zeros((4, 4), np.float32) for _ in range(3))
+    a[0, 0], b[1, 1], base[2, 2] = 2.0, 2.0, 7.0
+    for based in (False, True):
+        case = Case(method, 2, {"weight": [0.5, 0.5]}, based=based)
+        models = [{NAME: m + base * based} for m in (a, b)]
+        folder = Path(tempfile.mkdtemp())
+        found, _ = merged(write_case(folder, case, models, {NAME: base}, "F32"))
+        half = np.float32(np.sqrt(2))
+        assert np.allclose(found[NAME], (a + b) / 2 * half + base * based, rtol=1e-6, atol=0)
+
+
+def test_nuslerp_of_opposite_or_zero_models_is_a_straight_line() -> None:
+    a, zero = np.ones((4, 4), np.float32), np.zeros((4, 4), np.float32)
+    for other in (-a, zero):
+        case = Case("nuslerp", 2, {"weight": [0.75, 0.25]})
+        folder = Path(tempfile.mkdtemp())
+        found, _ = merged(write_case(folder, case, [{NAME: a}, {NAME: other}], {}, "F32"))
+        assert np.array_equal(found[NAME], 0.75 * a + 0.25 * other)
+
+
+@pytest.mark.parametrize("key", ["nuslerp_flatten: false", "nuslerp_row_wise: true"])
+def test_nuslerp_by_rows_is_refused(key: str) -> None:
+    name, _, value = key.partition(": ")
+    case = Case("nuslerp", 2, {"weight": [0.5, 0.5]}, {name: value == "true"})
+    base, models = family((4, 4), 2)
+    recipe = write_case(Path(tempfile.mkdtemp()), case, models, base, "F32")
+    with pytest.raises(PlanError, match="only nuslerp_flatten: true"):
+        merged(recipe)
 
 
 def test_nearswap_hand_worked() -> None:

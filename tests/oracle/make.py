@@ -81,6 +81,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
     "model_stock": _delta("model_stock", {}),
     "karcher": _without_base(_delta("karcher", {})),
+    "nuslerp": {
+        "merge_method": "nuslerp", "dtype": "float32",
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
+    },
+    "nuslerp_on_base": {
+        "merge_method": "nuslerp", "dtype": "float32", "base_model": "base",
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
+    },
+    "multislerp": _without_base(_delta("multislerp", {}, weight=WEIGHTS)),
+    "multislerp_on_base": _delta("multislerp", {}, weight=WEIGHTS),
     "nearswap": {
         "merge_method": "nearswap", "base_model": "base", "dtype": "float32",
         "models": [{"model": "a"}], "parameters": {"t": 0.05},
