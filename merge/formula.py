@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from merge.fuse import BINS, LANES, Loop, UntraceableError, traced
 from merge.methods import Counts, Method, Passes, Statistic, Sums
 from merge.numerics import (
+    INFINITY,
     STORAGE,
     Array,
     Counter,
     Raw,
     folded,
     from_float32,
+    largest_magnitude,
     random_key,
     to_float32,
 )
@@ -151,8 +153,8 @@ def _counted(values: Any) -> Any:
     return np.bincount(values[values < BINS], minlength=BINS)
 
 
-# bits without sign of infinity, by the type that a loop sees; 16 bits are bfloat16
-INFINITY = {"u2": 0x7F80, "f4": 0x7F800000, "f8": 0x7FF0000000000000}
+# of the types that a loop sees: 16 bits are bfloat16
+_LIMITS = {STORAGE[name].str[1:]: INFINITY[name] for name in ("BF16", "F32", "F64")}
 _REDUCED: dict[str, Callable[[Any], Any]] = {"store": lambda v: v, "sum": _lanes, "count": _counted}
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time, _one_trial = threading.Lock(), threading.Lock()
@@ -181,7 +183,7 @@ class _GrainFunction:
         results, largest = self.by_loop(grain)
         assert self.loop is not None
         types = (*self.loop.inputs, *self.loop.outputs)
-        finite = all(found < INFINITY[t.str[1:]] for found, t in zip(largest, types, strict=True))
+        finite = all(found < _LIMITS[t.str[1:]] for found, t in zip(largest, types, strict=True))
         return results[0], finite
 
     def _by_loop_now(self) -> bool:
@@ -206,8 +208,8 @@ class _GrainFunction:
             return False
         same = all(_same_bits(a, b) for a, b in zip(found, expected, strict=True))
         if self.kind == "store":
-            magnitudes = [_largest_bits(_widened(raw)) for raw in grain[0]]
-            magnitudes += [_largest_bits(result) for result in expected]
+            magnitudes = [largest_magnitude(_widened(raw)) for raw in grain[0]]
+            magnitudes += [largest_magnitude(result) for result in expected]
             same &= largest.tolist() == magnitudes
         if not same:
             _log.warning(
@@ -251,9 +253,3 @@ def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """NaNs are equal only where their bits are."""
     kind = f"u{a.itemsize}"
     return a.dtype == b.dtype and bool(np.array_equal(a.view(kind), b.view(kind)))
-
-
-def _largest_bits(values: NDArray[Any]) -> int:
-    """As Loop.run tells it."""
-    bits = 8 * values.itemsize
-    return int((values.view(f"u{values.itemsize}") & ((1 << bits - 1) - 1)).max(initial=0))

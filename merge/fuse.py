@@ -229,9 +229,7 @@ def traced(
     index: uint32 number of the element, modulo 2**32; index_high: what is above, of the first element.
     """
     trace, u4 = _Trace(), np.dtype(np.uint32)
-    loaded = [
-        Symbol(trace, _load(trace, f"%x{i}", dtype, "%i"), dtype) for i, dtype in enumerate(dtypes)
-    ]
+    loaded = [Symbol(trace, _load(trace, f"%x{i}", dtype), dtype) for i, dtype in enumerate(dtypes)]
     low = trace.emit("trunc i64 %i to i32", u4)
     index = trace.emit(f"add i32 %first, {low.name}", u4)
     results = function(loaded, index, Symbol(trace, "%high", u4))
@@ -242,9 +240,9 @@ def traced(
     return Loop(source, numbers, tuple(dtypes), tuple(r.dtype for r in results))
 
 
-def _load(trace: _Trace, array: str, dtype: "np.dtype[Any]", at: str) -> str:
+def _load(trace: _Trace, array: str, dtype: "np.dtype[Any]") -> str:
     t = _type(dtype)
-    place = trace.emit(f"getelementptr {t}, ptr {array}, i64 {at}", dtype)
+    place = trace.emit(f"getelementptr {t}, ptr {array}, i64 %i", dtype)
     return trace.emit(f"load {t}, ptr {place.name}", dtype).name
 
 
@@ -333,7 +331,8 @@ def _count_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbo
             f"%one_more{i} = add i64 %seen{i}, 1",
             f"store i64 %one_more{i}, ptr %c{i}",
             f"br label %next{i}",
-            *_again(f"count{i}", f"%k{i}", "%count", f"counted{i}", f"next{i}"),
+            f"next{i}:",
+            *_again(f"count{i}", f"%k{i}", "%count", f"counted{i}"),
             f"counted{i}:",
         ]
     return [*room, *_in_parts(CHUNK, lines, counts)]
@@ -372,9 +371,8 @@ def _counting(label: str, name: str, end: str, phis: Sequence[str], back: str = 
     ]
 
 
-def _again(label: str, name: str, end: str, after: str, own: str = "") -> list[str]:
+def _again(label: str, name: str, end: str, after: str) -> list[str]:
     return [
-        *([f"{own}:"] if own else []),
         f"{name}_next = add i64 {name}, 1",
         f"{name}_more = icmp slt i64 {name}_next, {end}",
         f"br i1 {name}_more, label %{label}, label %{after}",

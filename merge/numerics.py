@@ -40,11 +40,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
-    "F32": (np.uint32, 0x7F800000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-}
+# bits without sign; those of NaN are larger
+INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
 
 
 def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
@@ -83,26 +80,21 @@ def from_float32(value: Array, dtype: str) -> Raw:
 
 def first_nonfinite(raw: Raw, dtype: str) -> int | None:
     """Position (in row-major order) of the first NaN or infinity, or None."""
-    if dtype == "F64":
-        bad = ~np.isfinite(raw)
-    elif dtype in EXPONENT:
-        kind, limit = EXPONENT[dtype]
-        if _largest_magnitude(raw, kind) < limit:
-            return None
-        bad = (raw.view(kind) & limit) == limit
-    else:
+    if dtype not in INFINITY or largest_magnitude(raw) < INFINITY[dtype]:
         return None
-    return int(np.argmax(bad.ravel())) if bad.any() else None
+    bits = raw.view(f"u{raw.itemsize}")
+    bad = bits & ((1 << 8 * raw.itemsize - 1) - 1) >= INFINITY[dtype]
+    return int(np.argmax(bad.ravel()))
 
 
-def _largest_magnitude(raw: Raw, kind: type[np.unsignedinteger[Any]]) -> int:
-    """Bits without the sign of the value farthest from zero, seen as unsigned integers of `kind`:
-    the largest of the positive ones as signed numbers, of the negative ones as unsigned."""
-    if not raw.size:
+def largest_magnitude(values: Raw) -> int:
+    """Bits without the sign of the stored value farthest from zero, as an unsigned integer: the
+    largest of the positive ones as signed numbers, of the negative ones as unsigned."""
+    if not values.size:
         return 0
-    bits = raw.view(kind)
-    positive, negative = bits.view(f"i{bits.itemsize}").max(), bits.max()
-    return max(int(positive), int(negative) - (1 << (8 * bits.itemsize - 1)))
+    size = values.itemsize
+    positive, negative = values.view(f"i{size}").max(), values.view(f"u{size}").max()
+    return max(int(positive), int(negative) - (1 << 8 * size - 1))
 
 
 def folded(lanes: NDArray[np.float64]) -> float:

@@ -14,7 +14,7 @@ from merge.carry import carried_digests, input_sizes, told_inputs
 from merge.errors import OutputError, PlanError
 from merge.plan import Operand, Plan
 from merge.stream import StepDigests
-from merge.verify import provenance_of, stored_digest
+from merge.verify import Place, provenance_of, stored_digest
 from merge.write import input_stamps, layout, partial_of
 
 SPARE_FILES = 64  # of the interpreter, libraries, journal and lock
@@ -106,7 +106,7 @@ def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, St
         info = operand.info
         descriptor = os.open(info.file, os.O_RDONLY)
         try:
-            found = stored_digest((descriptor, info.offset, info.shape, info.dtype))
+            found = stored_digest(Place(descriptor, info.offset, info.shape, info.dtype))
         finally:
             os.close(descriptor)
         count(info.nbytes)

@@ -168,9 +168,8 @@ def _check_models(sections: Sections, method: Method, lines: Lines) -> None:
     if on_a_base and not others:
         what = f"{method.name} has no model beside its base; list at least one other"
         raise lines.error(("models",), what)
-    counted = len(others) + (method.base == "first") if sections.base_model else len(names)
-    if method.base == "donor":
-        counted = len(names)
+    apart = sections.base_model is not None and method.base != "donor"
+    counted = len(others) + (method.base == "first") if apart else len(names)
     low, high = method.models
     if not low <= counted <= high:
         wanted = f"{low}" if low == high else f"{low} to {high}"

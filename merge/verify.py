@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,16 @@ from merge.sources.model import read_json
 from merge.sources.safetensors import INDEX, open_safetensors, weight_files
 
 PROVENANCE = "mergetool.json"
-Place = tuple[int, int, tuple[int, ...], str]  # open file, offset of a tensor in it, shape, dtype
 AT_ONCE = 4 << 20  # bytes of one read: with 512 KiB a disk gave half as much
+
+
+class Place(NamedTuple):
+    """A tensor in an open file; `offset` in bytes."""
+
+    descriptor: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def verify_folder(
@@ -141,7 +149,7 @@ def _check_tensor(
     try:
         descriptor = os.open(info.file, os.O_RDONLY)
         try:
-            place = (descriptor, info.offset, info.shape, info.dtype)
+            place = Place(descriptor, info.offset, info.shape, info.dtype)
             if known:
                 _check_digest(folder, name, stored_digest(place), digest)
             else:
@@ -161,9 +169,9 @@ def _check_digest(folder: Path, name: str, found: str | None, digest: str | None
 
 
 def _check_finite(folder: Path, name: str, place: Place) -> None:
-    _, cols = rows_and_cols(place[2])
+    _, cols = rows_and_cols(place.shape)
     for first, rows in _grains(place):
-        at = first_nonfinite(rows, place[3])
+        at = first_nonfinite(rows, place.dtype)
         if at is not None:
             raise VerifyError(
                 f"{folder}: tensor {name!r} holds NaN or infinity in element {first * cols + at}"
@@ -251,7 +259,7 @@ def check_stored(
     folder: Path, name: str, place: Place, first_row: int, digests: Sequence[bytes]
 ) -> None:
     """Raises VerifyError unless the stored grains from `first_row` on have these digests."""
-    count = len(digests) * grain_rows(place[2])
+    count = len(digests) * grain_rows(place.shape)
     try:
         for expected, (first, rows) in zip(
             digests, _grains(place, first_row, first_row + count), strict=True

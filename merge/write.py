@@ -25,7 +25,7 @@ from merge.numerics import STORAGE, Raw
 from merge.plan import Plan, Step
 from merge.sources.safetensors import INDEX, SINGLE
 from merge.stream import StepDigests
-from merge.verify import check_stored, stored_digest
+from merge.verify import Place, check_stored, stored_digest
 
 ALIGNMENT = 4096  # bytes, a page: what starts there is written and read twice as fast
 LOCK, JOURNAL, MODEL, REPLACED = "lock", "journal.jsonl", "model", "replaced"
@@ -149,8 +149,11 @@ class PartialFolder:
         buffers = [part.reshape(-1).view("u1").data for part in rows]
         with writing(self.model / file):
             write_at(self._descriptors[file], buffers, position, uncached=True)
-        place = (self._descriptors[file], start, step.shape, step.dtype)
-        check_stored(self.model, step.name, place, first_row, digests)
+        check_stored(self.model, step.name, self._place(step), first_row, digests)
+
+    def _place(self, step: Step) -> Place:
+        file, start = self._places[step.name]
+        return Place(self._descriptors[file], start, step.shape, step.dtype)
 
     def finished(self, step: Step, digests: StepDigests) -> None:
         line = {"step": step.name, "output": digests.output, "inputs": digests.inputs}
@@ -256,9 +259,8 @@ class PartialFolder:
             step = steps.get(str(line.get("step")))
             if step is None or not isinstance(line.get("inputs"), list):
                 return False
-            file, start = self._places[step.name]
             try:
-                found = stored_digest((self._descriptors[file], start, step.shape, step.dtype))
+                found = stored_digest(self._place(step))
             except OSError:  # the disk does not give it back: it is written anew
                 return False
             return found == line.get("output") and len(line["inputs"]) == len(step.inputs)

@@ -43,7 +43,12 @@ def slerp(x: Models, stats: Any, *, t: Annotated[float, Range(0, 1)]) -> Array:
         t: 0 gives the base, 1 the other model
     """
     cosine = _cosine(stats, 0, 1, without=1.0)
-    if abs(cosine) > PARALLEL:
+    return _on_arc(x, t, cosine, straight=abs(cosine) > PARALLEL)
+
+
+def _on_arc(x: Models, t: float, cosine: float, *, straight: bool) -> Array:
+    """The point at t between two models: on the arc of that cosine, or on the line."""
+    if straight:
         return weighted_sum(x, [1.0 - t, t])
     angle = math.acos(cosine)
     return weighted_sum(x, [math.sin(part * angle) / math.sin(angle) for part in (1.0 - t, t)])
@@ -125,6 +130,10 @@ def _no_direction(*, weight: list[float], **_: Any) -> str | None:
     return None
 
 
+def _no_mean(*, weight: list[float], normalize_weights: bool, **_: Any) -> str | None:
+    return _no_direction(weight=weight) if normalize_weights else None
+
+
 def _not_flat(*, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool) -> str | None:
     if not nuslerp_flatten or nuslerp_row_wise:
         return "only nuslerp_flatten: true without nuslerp_row_wise can be run yet"
@@ -154,16 +163,12 @@ def nuslerp(
     """
     t = weight[1] / math.fsum(weight)
     cosine = min(1.0, max(-1.0, _cosine(stats, 0, 1, without=1.0)))
-    angle = math.acos(cosine)
-    if math.sin(angle) < COLLINEAR:
-        return weighted_sum(x, [1.0 - t, t])
-    return weighted_sum(x, [math.sin(part * angle) / math.sin(angle) for part in (1.0 - t, t)])
+    return _on_arc(x, t, cosine, straight=math.sin(math.acos(cosine)) < COLLINEAR)
 
 
 @method(
     space="delta", base="optional", models=(1, 1000), passes=1, workspace=2, statistics=gram,
-    check=lambda *, weight, normalize_weights, **_: _no_direction(weight=weight)
-    if normalize_weights else None,
+    check=_no_mean,
     paper="Buss and Fillmore 2001, doi:10.1145/502122.502124",
 )  # fmt: skip
 def multislerp(
