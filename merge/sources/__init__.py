@@ -8,12 +8,22 @@ from merge.numerics import STORAGE, rows_and_cols
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: safetensors dtype name, shape, and where its bytes lie."""
+    """One tensor: safetensors dtype name, shape, and where its bytes lie.
+
+    Of a tensor that is computed as it is read, `file` is empty and `stored` is the dtype of the tensor
+    that it stands for, in which a merge writes it unless the recipe says otherwise.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    file: str
-    offset: int
+    file: str = ""
+    offset: int = 0
+    stored: str = ""
+
+    @property
+    def written(self) -> str:
+        """The dtype in which a merge writes the tensor where the recipe names none."""
+        return self.stored or self.dtype
 
     @property
     def rows(self) -> int:
@@ -35,7 +45,11 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Source:
     """`tensors`: name -> TensorInfo. `read(name, first_row, end_row, out)` fills `out`, a writable
-    buffer of exactly those rows' bytes, with the tensor as stored; raises ReadError."""
+    buffer of exactly those rows' bytes, with the tensor as stored; raises ReadError. Rows that are
+    read start and end at grains (see numerics.grain_rows). `scratch(name, rows)`: bytes that reading
+    so many rows at once takes beside `out`; `held`: bytes that the source keeps in memory for all threads."""
 
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str, int, int, memoryview], None]
+    scratch: Callable[[str, int], int] = lambda name, rows: 0
+    held: int = 0

@@ -18,13 +18,17 @@ ZOO = "zoo:"
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: how the recipe names it, its folder, config.json, tensors and hub commit."""
+    """An opened model: how the recipe names it, its folder, config.json, tensors and hub commit.
+
+    `beside`: files outside its folder that its tensors come from too.
+    """
 
     label: str
     folder: Path
     config: Mapping[str, Any]
     source: Source
     commit: str | None = None
+    beside: tuple[Path, ...] = ()
 
     @property
     def public_name(self) -> str:
@@ -41,7 +45,7 @@ class Model:
 
     def files(self) -> list[Path]:
         """The weight files, for telling later whether they changed."""
-        return [self.folder / name for name in weight_files(self.folder)]
+        return [*(self.folder / name for name in weight_files(self.folder)), *self.beside]
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
