@@ -21,7 +21,8 @@ from merge.numerics import (
 )
 from merge.sources import TensorInfo
 from merge.sources.model import read_json
-from merge.sources.safetensors import INDEX, open_safetensors, weight_files
+from merge.sources.safetensors import INDEX
+from merge.sources.weights import open_safetensors, weight_files
 
 PROVENANCE = "mergetool.json"
 AT_ONCE = 4 << 20  # bytes of one read: with 512 KiB a disk gave half as much

@@ -13,7 +13,7 @@ from families import drawn, family, ties_recipe, typed, write_model, write_tenso
 
 from merge.errors import RequestError, VerifyError
 from merge.pipeline import run_recipe
-from merge.sources.safetensors import open_safetensors
+from merge.sources.weights import open_safetensors
 from merge.verify import verify_folder, verify_loading
 
 

@@ -10,6 +10,8 @@ from merge.numerics import STORAGE, rows_and_cols
 class TensorInfo:
     """One tensor: safetensors dtype name, shape, and where its bytes lie.
 
+    `strides`: elements from row to row and from column to column where rows do not follow one another;
+    one of the two is 1.
     Of a tensor that is computed as it is read, `file` is empty and `stored` is the dtype of the tensor
     that it stands for, in which a merge writes it unless the recipe says otherwise.
     """
@@ -19,6 +21,7 @@ class TensorInfo:
     file: str = ""
     offset: int = 0
     stored: str = ""
+    strides: tuple[int, int] | None = None
 
     @property
     def written(self) -> str:
@@ -34,8 +37,12 @@ class TensorInfo:
         return rows_and_cols(self.shape)[1]
 
     @property
+    def itemsize(self) -> int:
+        return STORAGE[self.dtype].itemsize
+
+    @property
     def row_bytes(self) -> int:
-        return self.cols * STORAGE[self.dtype].itemsize
+        return self.cols * self.itemsize
 
     @property
     def nbytes(self) -> int:

@@ -15,20 +15,24 @@ from pathlib import Path
 
 from merge.errors import MergetoolError, ReadError, SourceError
 from merge.sources import Source, TensorInfo
+from merge.sources.pickled import parse_checkpoint
 from merge.sources.safetensors import (
     INDEX,
     SINGLE,
     header_length,
-    open_safetensors,
     parse_header,
-    read_index,
+)
+from merge.sources.weights import (
+    LAYOUTS,
+    SAFETENSORS,
+    chosen_files,
+    open_weights,
     whole_model,
 )
 
-WEIGHTS = ".safetensors"
 BESIDE = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "tokenizer*"]
-NEVER = ["*/*", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*" + WEIGHTS]
-OTHER_WEIGHTS = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", WEIGHTS)
+NEVER = ["*/*", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.safetensors"]
+ENDINGS = tuple(ending for layout in LAYOUTS for ending in (*layout.endings, layout.index))
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HEADER_THREADS = 8  # as many as the hub's library uses for files: it is waiting, not work
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -53,14 +57,14 @@ def fetch(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Pa
 
 
 def peek(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Path, str, Source]:
-    """As `fetch` and `open_safetensors`, but of weights that are not in the cache only the headers.
+    """As `fetch` and `open_weights`, but of weights that are not in the cache only the headers.
 
     The source then knows all tensors, and its `read` raises ReadError. Raises SourceError.
     """
     model = _wanted(repo, revision, offline)
     folder, weights = _small_files(model)
     if not _missing(folder, weights):
-        return folder, folder.name, open_safetensors(folder)
+        return folder, folder.name, open_weights(folder)
     if model.offline:
         raise SourceError(f"{model}: {_not_cached()}")
     with _told_in_one_line(model), ThreadPoolExecutor(HEADER_THREADS) as pool:
@@ -99,14 +103,16 @@ def _wanted(repo: str, revision: str | None, offline: bool) -> _Wanted:
 def _small_files(model: _Wanted) -> tuple[Path, list[str]]:
     """The model's folder with everything but weights, and the names of the weight files it needs.
 
-    Before a single weight is fetched it is known that this is a model in safetensors.
+    Before a single weight is fetched it is known that they are of a format that is read.
     """
     with _told_in_one_line(model):
         folder = _download(model, model.revision, allow=BESIDE, ignore=NEVER)
         if not COMMIT.fullmatch(folder.name):
             raise SourceError(f"{model}: the hub's commit is {folder.name!r}, which is no hash")
         names = _names(model, folder)
-    weights = _weights(model, folder, names)
+    if model.offline and not any(name.endswith(ENDINGS) for name in names):
+        raise SourceError(f"{model}: {_not_cached()}")
+    weights = chosen_files(str(model), folder, names)
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{model}: has no config.json; whole models can be merged, not adapters or parts"
@@ -122,25 +128,6 @@ def _names(model: _Wanted, folder: Path) -> list[str]:
     from huggingface_hub import HfApi
 
     return HfApi().list_repo_files(model.repo, revision=folder.name)
-
-
-def _weights(model: _Wanted, folder: Path, names: Sequence[str]) -> list[str]:
-    """The weight files that make up the model, by the rules of `weight_files`."""
-    if INDEX in names:
-        files = sorted(set(read_index(folder / INDEX).values()))
-        if odd := [file for file in files if not file.endswith(WEIGHTS)]:
-            raise SourceError(f"{model}: {INDEX} names {odd[0]!r}; only *{WEIGHTS} is read")
-        return files
-    files = sorted(name for name in names if name.endswith(WEIGHTS) and "/" not in name)
-    if SINGLE in files or len(files) == 1:
-        return [SINGLE] if SINGLE in files else files
-    if model.offline and not files:
-        raise SourceError(f"{model}: {_not_cached()}")
-    found = files or sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
-    raise SourceError(
-        f"{model}: no {SINGLE} and no {INDEX} (found {', '.join(found[:3]) or 'no weights'}); "
-        "weights are read from safetensors alone: choose a repository or revision that has them"
-    )
 
 
 def _missing(folder: Path, files: Sequence[str]) -> list[str]:
@@ -183,20 +170,26 @@ def _bars_on_terminals_alone() -> Iterator[None]:
 
 
 def _remote_header(model: _Wanted, folder: Path, file: str) -> dict[str, TensorInfo]:
-    """The tensors of one weight file on the hub, as if it lay in `folder`."""
+    """The tensors of one weight file on the hub, as if it lay in `folder`; of a PyTorch checkpoint
+    without their places, for which each storage would have to be asked for."""
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(model.repo, file, revision=folder.name)
     name = f"{model}: {file}"
+
+    def read(start: int, end: int) -> bytes:
+        got = _remote_bytes(url, start, end)[0] if end > start else b""
+        if len(got) != end - start:
+            raise SourceError(f"{name}: the hub sent {len(got)} of {end - start} bytes; try again")
+        return got
+
     first, size = _remote_bytes(url, 0, 8)
-    length = header_length(name, size, first)
-    text = _remote_bytes(url, 8, 8 + length)[0] if length else b""
-    if len(text) != length:
-        raise SourceError(f"{name}: the hub sent {len(text)} of {length} bytes; try again")
-    return {
-        tensor: replace(info, file=str(folder / file))
-        for tensor, info in parse_header(name, size, text).items()
-    }
+    if file.endswith(SAFETENSORS.endings):
+        text = read(8, 8 + header_length(name, size, first))
+        tensors = parse_header(name, size, text)
+    else:
+        tensors = parse_checkpoint(name, size, read, places=False)
+    return {tensor: replace(info, file=str(folder / file)) for tensor, info in tensors.items()}
 
 
 def _remote_bytes(url: str, start: int, end: int) -> tuple[bytes, int]:

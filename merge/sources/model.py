@@ -10,7 +10,7 @@ from typing import Any
 from merge.errors import SourceError
 from merge.shipped import shipped
 from merge.sources import Source
-from merge.sources.safetensors import open_safetensors, weight_files
+from merge.sources.weights import open_weights, weight_files
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 ZOO = "zoo:"
@@ -79,7 +79,8 @@ def open_model(
 
     folder, commit = locate(label, beside, peeking if peek else fetch)
     config = read_json(folder / "config.json")
-    return Model(label, folder, config, peeked[0] if peeked else open_safetensors(folder), commit)
+    source = peeked[0] if peeked else open_weights(folder)
+    return Model(label, folder, config, source, commit)
 
 
 def locate(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from merge.pipeline import Result, run_recipe
 from merge.plan import Step
-from merge.sources.safetensors import open_safetensors
+from merge.sources.weights import open_safetensors
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_right"
+LARGE = (".safetensors", ".bin")  # kept in the store
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         file = folder / name
         size, etag = file.stat().st_size, _etag(file)
         entry = {"type": "file", "path": name, "size": size, "oid": etag[:40]}
-        if name.endswith(".safetensors"):
+        if name.endswith(LARGE):
             entry["lfs"] = {"oid": etag, "size": size, "pointerSize": 134}
         return entry
 
@@ -170,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403 if self.headers["Authorization"] else 401, "GatedRepo")
         elif not (folder / name).is_file():
             self._refuse(404, "EntryNotFound")
-        elif name.endswith(".safetensors"):
+        elif name.endswith(LARGE):
             file, commit = folder / name, commit_of(folder)
             headers = {
                 "Location": f"{self.hub.store_url}/{repo}/{commit}/{name}",

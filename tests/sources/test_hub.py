@@ -17,7 +17,8 @@ from hub_server import TOKEN, HubServer, commit_of
 from safetensors.numpy import save_file
 
 import merge
-from merge.sources.safetensors import INDEX, SINGLE, open_safetensors
+from merge.sources.safetensors import INDEX, SINGLE
+from merge.sources.weights import PICKLED, open_safetensors, open_weights
 
 DRIVER = """
 import json, sys
@@ -178,6 +179,22 @@ def wanted(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name not in UNWANTED}
 
 
+def checkpoints(folder: Path) -> Path:
+    """A model in two files of torch.save with an index, and what a trainer leaves."""
+    import torch
+
+    left = {"training_args.bin": b"pickle", "optimizer.pt": b"pickle", "flax_model.msgpack": b""}
+    write(folder, BESIDE | left)
+    index: dict[str, str] = {}
+    for part in (1, 2):
+        file = f"pytorch_model-0000{part}-of-00002.bin"
+        tensors = {f"layers.{part}.{i}": torch.full((200, 50), float(i)) for i in range(3)}
+        torch.save(tensors, folder / file)
+        index |= dict.fromkeys(tensors, file)
+    (folder / PICKLED.index).write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
 def header_bytes(file: Path) -> int:
     return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
@@ -253,10 +270,10 @@ def test_an_unreachable_hub_is_one_line(hub: HubServer, home: Path) -> None:
 
 def test_wrong_requests_are_refused_in_words(hub: HubServer, home: Path, tmp_path: Path) -> None:
     add = hub.repositories.__setitem__
-    pickled = {"config.json": b"{}", "pytorch_model.bin": b"pickle", "unet/x.safetensors": b""}
+    coded = {"config.json": b"{}", "model-q4.gguf": b"GGUF", "unet/x.safetensors": b""}
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
     several = {"config.json": b"{}", "a.safetensors": b"", "b.safetensors": b""}
-    add("lab/pickled", {"main": write(tmp_path / "pickled", pickled)})
+    add("lab/coded", {"main": write(tmp_path / "coded", coded)})
     add("lab/adapter", {"main": write(tmp_path / "adapter", adapter)})
     add("lab/several", {"main": write(tmp_path / "several", several)})
     cases: list[tuple[str, str | None, tuple[str, ...]]] = [
@@ -268,7 +285,7 @@ def test_wrong_requests_are_refused_in_words(hub: HubServer, home: Path, tmp_pat
         ("lab/one", "../../v2", ("not a revision",)),
         ("lab/one", "/etc", ("not a revision",)),
         ("lab/..", None, ("not a hub id", "owner/name")),
-        ("lab/pickled", None, ("found pytorch_model.bin", "safetensors alone")),
+        ("lab/coded", None, ("found model-q4.gguf (GGUF)", "convert the weights")),
         ("lab/adapter", None, ("no config.json", "adapters")),
         ("lab/several", None, ("no model.safetensors", "a.safetensors, b.safetensors")),
     ]
@@ -360,6 +377,35 @@ def test_peek_does_without_ranges(hub: HubServer, home: Path) -> None:
     }
 
 
+def test_checkpoints_of_torch_are_fetched_where_there_is_nothing_else(
+    hub: HubServer, home: Path, tmp_path: Path
+) -> None:
+    model = checkpoints(tmp_path / "checkpoints")
+    hub.repositories["lab/checkpoints"] = {"main": model}
+    actions = [(action, "lab/checkpoints", None, False) for action in ("peek", "fetch", "peek")]
+    peeked, fetched, again = call(hub, home, *actions)
+    left = {"training_args.bin", "optimizer.pt", "flax_model.msgpack"}
+    found = contents(Path(fetched["folder"]))
+    assert found == {n: data for n, data in contents(model).items() if n not in left}
+    opened = open_weights(Path(fetched["folder"])).tensors.items()
+    assert again["tensors"] == {n: vars(i) | {"shape": list(i.shape)} for n, i in opened}
+    known = {n: vars(i) | {"shape": list(i.shape), "offset": 0} for n, i in opened}
+    assert peeked["tensors"] == known
+    assert peeked["unread"] == "ReadError"
+
+
+def test_a_peek_at_a_checkpoint_reads_little_of_it(
+    hub: HubServer, home: Path, tmp_path: Path
+) -> None:
+    hub.repositories["lab/checkpoints"] = {"main": checkpoints(tmp_path / "checkpoints")}
+    call(hub, home, ("peek", "lab/checkpoints", None, False))
+    ranges = [r for r in weight_requests(hub) if r.sent]
+    assert {r.path.rpartition(".")[2] for r in ranges} == {"bin"}
+    assert all(r.range is not None for r in ranges)
+    sizes = [f.stat().st_size for f in (tmp_path / "checkpoints").glob("pytorch_model-*.bin")]
+    assert sum(r.sent for r in ranges) < sum(sizes) / 10
+
+
 def test_nothing_that_a_repository_says_is_trusted(
     hub: HubServer, home: Path, tmp_path: Path
 ) -> None:
@@ -375,6 +421,10 @@ def test_nothing_that_a_repository_says_is_trusted(
     entry = b'{"w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}'
     endless = b'{"w": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}'
     cases: dict[str, tuple[dict[str, bytes], str]] = {
+        "leaves-too": ({PICKLED.index: index("../../x.bin")}, "only plain names are read"),
+        "no-checkpoint": ({"odd.bin": b"pickle"}, "no file of torch.save"),
+        "no-archive": ({"odd.bin": b"PK\x03\x04" + bytes(100)}, "broken archive"),
+        "codes": ({SINGLE: b"GGUF" + bytes(100)}, "is a GGUF file"),
         "leaves": ({INDEX: index("../../config.json")}, "only plain names are read"),
         "pickles": ({INDEX: index("pytorch_model.bin"), "pytorch_model.bin": b""}, "is read"),
         "absent": ({INDEX: index("gone.safetensors")}, "gone.safetensors"),

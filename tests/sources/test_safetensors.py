@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from merge.errors import ReadError, SourceError
-from merge.sources.safetensors import open_safetensors, parse_header, weight_files
+from merge.sources.safetensors import parse_header
+from merge.sources.weights import open_safetensors, weight_files
 
 GOOD: dict[str, Any] = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},
