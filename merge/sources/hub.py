@@ -15,6 +15,8 @@ from pathlib import Path
 
 from merge.errors import MergetoolError, ReadError, SourceError
 from merge.sources import Source, TensorInfo
+from merge.sources.foreign import refuse_declared
+from merge.sources.model import read_json
 from merge.sources.pickled import parse_checkpoint
 from merge.sources.safetensors import (
     INDEX,
@@ -110,6 +112,8 @@ def _small_files(model: _Wanted) -> tuple[Path, list[str]]:
         if not COMMIT.fullmatch(folder.name):
             raise SourceError(f"{model}: the hub's commit is {folder.name!r}, which is no hash")
         names = _names(model, folder)
+    if (folder / "config.json").is_file():
+        refuse_declared(str(model), read_json(folder / "config.json"))
     if model.offline and not any(name.endswith(ENDINGS) for name in names):
         raise SourceError(f"{model}: {_not_cached()}")
     weights = chosen_files(str(model), folder, names)

@@ -10,6 +10,7 @@ from typing import Any
 from merge.errors import SourceError
 from merge.shipped import shipped
 from merge.sources import Source
+from merge.sources.foreign import refuse_declared, refuse_quantised
 from merge.sources.weights import open_weights, weight_files
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
@@ -79,7 +80,9 @@ def open_model(
 
     folder, commit = locate(label, beside, peeking if peek else fetch)
     config = read_json(folder / "config.json")
+    refuse_declared(str(folder), config)
     source = peeked[0] if peeked else open_weights(folder)
+    refuse_quantised(str(folder), source.tensors)
     return Model(label, folder, config, source, commit)
 
 

@@ -406,6 +406,25 @@ def test_a_peek_at_a_checkpoint_reads_little_of_it(
     assert sum(r.sent for r in ranges) < sum(sizes) / 10
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised with GPTQ"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised with MLX"),
+    ],
+)
+def test_quantised_models_are_refused_before_a_weight_is_fetched(
+    hub: HubServer, home: Path, tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    model = single(tmp_path / "quantised")
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    hub.repositories["lab/quantised"] = {"main": model}
+    actions = [(action, "lab/quantised", None, False) for action in ("peek", "fetch")]
+    for answer in call(hub, home, *actions):
+        refused(answer, "model 'lab/quantised'", words, "merge the model that it was made from")
+    assert not weight_requests(hub)
+
+
 def test_nothing_that_a_repository_says_is_trusted(
     hub: HubServer, home: Path, tmp_path: Path
 ) -> None:
