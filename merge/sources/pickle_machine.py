@@ -175,7 +175,7 @@ class _Machine:
                 push(value)
                 place = len(self.memo) if name == "MEMOIZE" else argument
                 if not 0 <= place < PICKLE_LIMIT:  # large ones can be chosen to collide
-                    raise MalformedError(f"it stores value number {place}")
+                    raise MalformedError("it stores a value at a place of no use")
                 self.memo[place] = value
             case _ if name in FETCHES:
                 if argument not in self.memo:
@@ -203,20 +203,12 @@ def _texts(*values: Any) -> bool:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """A value for the call: data where the function only makes data."""
+    """A value for the call. Nothing is copied: what is shared would be copied as often as it is named."""
     if type(function) is not Global or type(arguments) is not tuple:
         raise MalformedError("it calls what is no function")
     match function.name, arguments:
         case "collections.OrderedDict", ():
             return Table([])
-        case "collections.OrderedDict", (list() as items,):  # as Python 2 wrote them
-            return Table([(item[0], item[1]) for item in items if _is_pair(item)])
         case "torch.Size", (tuple() as extents,):
             return extents
     return Called(function.name, arguments)
-
-
-def _is_pair(item: Any) -> bool:
-    if type(item) in (list, tuple) and len(item) == 2:
-        return True
-    raise MalformedError("it makes a table of what are no pairs")

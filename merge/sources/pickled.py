@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,9 +31,10 @@ from merge.sources.pickle_machine import (
     read_pickle,
 )
 
+AXES = 64  # torch has no more
 READ_LIMIT = 64 << 20  # bytes at once; an archive's list of entries takes about 80 a tensor
 ZIP, LEGACY = b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-TRUE_LITTLE = (None, b"little")  # the entry `byteorder`, which older archives lack
+LITTLE_ENDIAN = (None, b"little")  # the entry `byteorder`, which older archives lack
 DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -76,6 +77,7 @@ ITEMSIZE = {dtype: kind.itemsize for dtype, kind in STORAGE.items()} | {"C64": 8
 REBUILT = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
 WRAPPERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 TYPED = "torch._tensor._rebuild_from_type_v2"
+TENSORS = (*REBUILT, *WRAPPERS, TYPED)  # calls that make one
 PARAMETERS = ("torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer", "torch.Tensor")
 # what trainers save beside weights; it is skipped
 PLAIN = (
@@ -84,9 +86,8 @@ PLAIN = (
     *("numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct"),
     *("numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct"),
 )
-CALLS = (*REBUILT, *WRAPPERS, TYPED, *PARAMETERS, *PLAIN, "collections.OrderedDict")
-KNOWN = frozenset((*CALLS, *STORAGES, *(f"torch.{dtype}" for dtype in DTYPES)))
-WEIGHTS_OF = ("state_dict", "model_state_dict", "model", "module")  # as trainers name their tables
+NAMES = (*PLAIN, *PARAMETERS, *STORAGES, *(f"torch.{dtype}" for dtype in DTYPES))
+KNOWN = frozenset((*TENSORS, *NAMES, "collections.OrderedDict"))
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _archive(stream: "_Stream", places: bool) -> tuple[Any, dict[str, _Extent]]:
             entries = {entry.filename: entry for entry in archive.infolist()}
             prefix = _prefix(archive.infolist())
             order = entries.get(f"{prefix}byteorder")
-            if (archive.read(order)[:10] if order else None) not in TRUE_LITTLE:
+            if (archive.read(order)[:10] if order else None) not in LITTLE_ENDIAN:
                 raise MalformedError("it was written by a big-endian machine")
             text = archive.read(f"{prefix}data.pkl")
     except MalformedError:
@@ -331,37 +332,44 @@ def _legacy_storage(told: Any) -> tuple[_Storage, _Storage]:
 
 
 def _weights(value: Any) -> dict[str, Called]:
-    """Tensors by name: of the table that the file holds, or of the one in it that is the model."""
-    if type(value) is not Table:
+    """Tensors by name: of the table that the file holds, or of the only one in it."""
+    tables = {id(value): ("", value)}
+    if type(value) is Table and not _has_tensors(value):
+        inner = {id(table): (key, table) for key, table in value.pairs}
+        tables = {i: found for i, found in inner.items() if _has_tensors(found[1])}
+    if len(tables) > 1:
+        found = ", ".join(_shown(key) for key, _ in list(tables.values())[:3])
+        raise MalformedError(f"it holds {len(tables)} tables of tensors ({found}), not one")
+    _, table = next(iter(tables.values()), ("", None))
+    if type(table) is not Table or not _has_tensors(table):
         raise MalformedError("it holds no table of tensors")
-    tables = [value]
-    if not any(_is_tensor(entry) for _, entry in value.pairs):
-        tables = [t for key, t in value.pairs if type(t) is Table and _is_one(key, WEIGHTS_OF)]
-    if len(tables) != 1:
-        raise MalformedError(
-            f"it holds {len(tables)} tables of tensors by the names {', '.join(WEIGHTS_OF)}, not one"
-        )
+    if _holds_tensors([entry for _, entry in table.pairs if not _is_tensor(entry)]):
+        raise MalformedError("it holds tensors in a table below that of its tensors")
+    return _named(table)
+
+
+def _named(table: Table) -> dict[str, Called]:
     out: dict[str, Called] = {}
-    for name, entry in tables[0].pairs:
-        if _is_tensor(entry):
-            if type(name) is not str or name in out:
-                raise MalformedError(
-                    f"a tensor's name is {str(name)[:40]!r}, no text or given twice"
-                )
-            out[name] = entry
-        elif _holds_tensors(entry):
-            raise MalformedError(f"its entry {str(name)[:40]!r} holds tensors below its table")
+    for name, entry in table.pairs:
+        if not _is_tensor(entry):
+            continue
+        if type(name) is not str or name in out:
+            raise MalformedError(f"a tensor's name is {_shown(name)}, no text or given twice")
+        out[name] = entry
     return out
 
 
-def _is_one(value: Any, texts: Iterable[str]) -> bool:
-    return type(value) is str and value in texts
+def _shown(key: Any) -> str:
+    """A key of a table for a message; what is no text may be of any size."""
+    return repr(key[:40]) if type(key) is str else f"of type {type(key).__name__}"
+
+
+def _has_tensors(value: Any) -> bool:
+    return type(value) is Table and any(_is_tensor(entry) for _, entry in value.pairs)
 
 
 def _is_tensor(value: Any) -> bool:
-    return type(value) is Called and (
-        value.function in REBUILT or value.function in (*WRAPPERS, TYPED)
-    )
+    return type(value) is Called and value.function in TENSORS
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -378,7 +386,7 @@ def _holds_tensors(value: Any) -> bool:
         if type(value) is Table:
             left += [part for _, part in value.pairs]
         elif type(value) is Called:
-            left += value.arguments
+            left.append(value.arguments)
         elif type(value) in (list, tuple):
             left += value
     return False
@@ -410,21 +418,18 @@ def _view(name: str, tensor: Called) -> _View:
         match call:
             case Called(function, (Called() as inner, *_)) if function in WRAPPERS:
                 call = inner
-            case Called(function, (Global(of), Global(kind), tuple() as arguments, *_)):
-                call = Called(
-                    of if (function, kind in PARAMETERS) == (TYPED, True) else "", arguments
-                )
+            case Called(function, (Global(of), Global(kind), tuple() as parts, *_)) if (
+                function == TYPED and kind in PARAMETERS
+            ):
+                call = Called(of, parts)
     try:
         storage, start, *extents = call.arguments[:4]
         shape, stride = (tuple(checked_count(n) for n in counts) for counts in extents)
         typed = call.function == REBUILT[-1]
         dtype = DTYPES[call.arguments[6].name.removeprefix("torch.")] if typed else storage.dtype
         view = _View(storage, checked_count(start), shape, stride, dtype)
-        if (
-            call.function in REBUILT
-            and type(storage) is _Storage
-            and len(shape) == len(stride) <= 64
-        ):
+        told = call.function in REBUILT and type(storage) is _Storage
+        if told and len(shape) == len(stride) <= AXES:
             return view
     except (TypeError, ValueError, IndexError, KeyError, AttributeError):
         pass
