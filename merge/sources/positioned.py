@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -78,6 +78,6 @@ class PositionedReader:
                 os.close(opened)
         return known
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for descriptor in self._descriptors.values():
-            os.close(descriptor)
+            close(descriptor)  # when the interpreter ends, `os` may be gone before this is

@@ -384,6 +384,8 @@ def test_checkpoints_of_torch_are_fetched_where_there_is_nothing_else(
     hub.repositories["lab/checkpoints"] = {"main": model}
     actions = [(action, "lab/checkpoints", None, False) for action in ("peek", "fetch", "peek")]
     peeked, fetched, again = call(hub, home, *actions)
+    offline = [(action, "lab/checkpoints", None, True) for action in ("fetch", "peek")]
+    assert call(hub, home, *offline) == [fetched, again]
     left = {"training_args.bin", "optimizer.pt", "flax_model.msgpack"}
     found = contents(Path(fetched["folder"]))
     assert found == {n: data for n, data in contents(model).items() if n not in left}
@@ -392,6 +394,16 @@ def test_checkpoints_of_torch_are_fetched_where_there_is_nothing_else(
     known = {n: vars(i) | {"shape": list(i.shape), "offset": 0} for n, i in opened}
     assert peeked["tensors"] == known
     assert peeked["unread"] == "ReadError"
+
+
+def test_safetensors_are_preferred_to_a_checkpoint_with_an_index(
+    hub: HubServer, home: Path, tmp_path: Path
+) -> None:
+    model = single(checkpoints(tmp_path / "both"))
+    hub.repositories["lab/both"] = {"main": model}
+    peeked, fetched = call(hub, home, *((a, "lab/both", None, False) for a in ("peek", "fetch")))
+    assert peeked["tensors"].keys() == open_safetensors(Path(fetched["folder"])).tensors.keys()
+    assert not [r for r in weight_requests(hub) if r.path.endswith(".bin")]
 
 
 def test_a_peek_at_a_checkpoint_reads_little_of_it(
