@@ -55,8 +55,10 @@ class Formula:
         """The method's statistics passes over the step's tensors, or None."""
         if self.method.statistics is None or self.step.copy:
             return None
-        size, models = self.step.rows * self.step.cols, len(self.step.operands)
-        return self.method.statistics(size, models=models, **self._arguments)
+        cols, models = self.step.cols, len(self.step.operands)
+        return self.method.statistics(
+            self.step.rows * cols, models=models, cols=cols, **self._arguments
+        )
 
     def merging(self, stats: Any) -> Merging:
         """A function from a grain to its merged rows as stored, and whether all values of the grain and

@@ -25,6 +25,8 @@ print(result.budget.peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
 SHAPE = (4096, 4096)  # 32 MiB in bfloat16: held inputs, blocks and arrays all count
 ONE_EACH = list({case.method: case for case in CASES}.values())
+BY_ROWS = [Case("model_stock", 3, {}, {"filter_wise": True})]
+BY_ROWS += [Case("nuslerp", 2, {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}, based=True)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def recipe_of(folder: Path, case: Case, values: list[NDArray[np.uint16]]) -> Pat
     return recipe
 
 
-@pytest.mark.parametrize("case", ONE_EACH, ids=lambda c: c.method)
+@pytest.mark.parametrize("case", ONE_EACH + BY_ROWS, ids=lambda c: c.id)
 @pytest.mark.parametrize(
     ("memory", "fuse"), [("2GiB", "numpy"), ("512MiB", "fused"), ("300MiB", "numpy")]
 )

@@ -177,10 +177,10 @@ def method(
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """Registers a function of one grain as the merge method of its name.
 
-    passes: statistics passes that the method usually makes; statistics(size, **parameters) starts them
-    (None: not needed with these parameters). mergekit: parameters that give mergekit's arithmetic.
-    check(**parameters) -> what is wrong with them together. copies(**parameters): the result is the
-    one model as it is stored, bit for bit.
+    passes: statistics passes that the method usually makes; statistics(size, models=, cols=, **parameters)
+    starts them (None: not needed with these parameters). mergekit: parameters that give mergekit's
+    arithmetic. check(**parameters) -> what is wrong with them together. copies(**parameters): the result
+    is the one model as it is stored, bit for bit.
     """
 
     def register(function: Callable[..., Array]) -> Callable[..., Array]:

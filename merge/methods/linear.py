@@ -8,8 +8,9 @@ from merge.methods import Models, PerModel, Weight, each, method
 from merge.numerics import Array
 
 
-def weighted_sum(x: Models, weights: Sequence[float]) -> Array:
-    """Sum of x[i] * weights[i], added in the order of the models."""
+def weighted_sum(x: Models, weights: Sequence[float | Array]) -> Array:
+    """Sum of x[i] * weights[i], added in the order of the models; a weight is a number, or a column or
+    row of them."""
     total = x[0] * weights[0]
     for model, weight in zip(x[1:], weights[1:], strict=True):
         total += model * weight

@@ -1,6 +1,7 @@
 """Interpolation on the sphere: linear combinations whose coefficients follow from inner products."""
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from merge.methods import Models, Passes, PerModel, Range, Sums, Weight, method
 from merge.methods.linear import weighted_sum
-from merge.numerics import Array
+from merge.numerics import Array, row_sums
 
 COLLINEAR = 1e-7  # sine below which no arc is drawn; float64 tells smaller angles no more
 PARALLEL = 0.9995  # |cosine| above which sin(angle) is too small to divide by; mergekit's value
@@ -43,33 +44,66 @@ def slerp(x: Models, stats: Any, *, t: Annotated[float, Range(0, 1)]) -> Array:
         t: 0 gives the base, 1 the other model
     """
     cosine = _cosine(stats, 0, 1, without=1.0)
-    return _on_arc(x, t, cosine, straight=abs(cosine) > PARALLEL)
+    return weighted_sum(x, _on_arc(t, cosine, straight=abs(cosine) > PARALLEL))
 
 
-def _on_arc(x: Models, t: float, cosine: float, *, straight: bool) -> Array:
-    """The point at t between two models: on the arc of that cosine, or on the line."""
+def _on_arc(t: float, cosine: float, *, straight: bool) -> list[float]:
+    """Coefficients of two models at t between them: on the arc of that cosine, or on the line."""
     if straight:
-        return weighted_sum(x, [1.0 - t, t])
+        return [1.0 - t, t]
     angle = math.acos(cosine)
-    return weighted_sum(x, [math.sin(part * angle) / math.sin(angle) for part in (1.0 - t, t)])
+    return [math.sin(part * angle) / math.sin(angle) for part in (1.0 - t, t)]
+
+
+def row_grams(x: Models) -> NDArray[np.float64]:
+    """Inner products of all pairs of models in each row of a grain, [rows, models, models]."""
+    out = np.empty((x[0].shape[0], len(x), len(x)))
+    for i, model in enumerate(x):
+        wide = model.astype(np.float64)
+        for j in range(i + 1):
+            out[:, i, j] = out[:, j, i] = row_sums(wide * x[j])
+    return out
+
+
+def _by_rows(x: Models, coefficients: Callable[[NDArray[np.float64]], list[float]]) -> Array:
+    """Weighted sum of the models, with the coefficients of each row from its inner products."""
+    weights = np.array([coefficients(products) for products in row_grams(x)], np.float32)
+    return weighted_sum(x, [weights[:, i : i + 1] for i in range(len(x))])
+
+
+def _whole_or_rows(
+    size: int, *, models: int, cols: int, filter_wise: bool, **_: Any
+) -> Passes | None:
+    """Inner products over the whole tensor; none where each row of a grain has its own."""
+    return None if filter_wise and cols > 1 else gram(size, models=models)
 
 
 @method(
-    space="delta", base="required", models=(2, 1000), passes=1, workspace=4, statistics=gram,
-    paper="arXiv:2403.19522",
+    space="delta", base="required", models=(2, 1000), passes=1, workspace=6,
+    statistics=_whole_or_rows, paper="arXiv:2403.19522",
 )  # fmt: skip
-def model_stock(x: Models, stats: Any) -> Array:
+def model_stock(x: Models, stats: Any, *, filter_wise: bool = False) -> Array:
     """The point between the base and the average of the models that is nearest to their centre.
 
     base + t * mean(x_i - base), t = n c / (1 + (n - 1) c), with c the mean cosine of the angles between
     the n task vectors of a tensor. A model that does not differ from the base has none, and counts as
     at right angles to the others.
+
+    Parameters:
+        filter_wise: an angle and a t for every row of a matrix (a vector has one) instead of one for all
     """
-    count = len(x)
-    cosines = [_cosine(stats, i, j) for i in range(count) for j in range(i)]
+    if stats is None:
+        return _by_rows(x, _nearest_to_the_centre)
+    return weighted_sum(x, _nearest_to_the_centre(stats))
+
+
+def _nearest_to_the_centre(products: NDArray[np.float64]) -> list[float]:
+    """t / n for each task vector, from their inner products [models, models]."""
+    count = len(products)
+    cosines = [_cosine(products, i, j) for i in range(count) for j in range(i)]
     mean = math.fsum(cosines) / len(cosines)
     t = count * mean / (1.0 + (count - 1) * mean) if mean > -1.0 / (count - 1) else 0.0
-    return weighted_sum(x, [t / count] * count)
+    return [t / count] * count
 
 
 @method(space="weights", base="donor", models=(1, 1000), passes=1, workspace=2, statistics=gram,
@@ -134,15 +168,22 @@ def _no_mean(*, weight: list[float], normalize_weights: bool, **_: Any) -> str |
     return _no_direction(weight=weight) if normalize_weights else None
 
 
-def _not_flat(*, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool) -> str | None:
-    if not nuslerp_flatten or nuslerp_row_wise:
-        return "only nuslerp_flatten: true without nuslerp_row_wise can be run yet"
+def _no_arc(*, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool) -> str | None:
+    if nuslerp_row_wise and not nuslerp_flatten:
+        return "nuslerp_row_wise: true (an arc for every column) cannot be run yet; leave it out"
     return _no_direction(weight=weight)
 
 
+def _whole_or_row_arcs(
+    size: int, *, models: int, cols: int, nuslerp_flatten: bool, **_: Any
+) -> Passes | None:
+    return _whole_or_rows(size, models=models, cols=cols, filter_wise=not nuslerp_flatten)
+
+
 @method(
-    space="delta", base="optional", models=(2, 2), passes=1, workspace=7, statistics=gram,
-    check=_not_flat, paper="Shoemake 1985, doi:10.1145/325334.325242",
+    space="delta", base="optional", models=(2, 2), passes=1, workspace=7,
+    statistics=_whole_or_row_arcs, check=_no_arc,
+    paper="Shoemake 1985, doi:10.1145/325334.325242",
 )  # fmt: skip
 def nuslerp(
     x: Models,
@@ -158,12 +199,18 @@ def nuslerp(
 
     Parameters:
         weight: share of this model
-        nuslerp_flatten: take each tensor as one vector
-        nuslerp_row_wise: take each row as a vector
+        nuslerp_flatten: one arc for the whole tensor; false: one for each row (a vector is one row)
+        nuslerp_row_wise: with nuslerp_flatten false, one arc for each column of the stored matrix instead
     """
     t = weight[1] / math.fsum(weight)
-    cosine = min(1.0, max(-1.0, _cosine(stats, 0, 1, without=1.0)))
-    return _on_arc(x, t, cosine, straight=math.sin(math.acos(cosine)) < COLLINEAR)
+
+    def coefficients(products: NDArray[np.float64]) -> list[float]:
+        cosine = min(1.0, max(-1.0, _cosine(products, 0, 1, without=1.0)))
+        return _on_arc(t, cosine, straight=math.sin(math.acos(cosine)) < COLLINEAR)
+
+    if stats is None:
+        return _by_rows(x, coefficients)
+    return weighted_sum(x, coefficients(stats))
 
 
 @method(

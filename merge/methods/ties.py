@@ -1,6 +1,6 @@
 """TIES: trim, elect signs, merge what agrees."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,18 +23,20 @@ def magnitude_thresholds(size: int, *, density: Sequence[float], **_: Any) -> Pa
     return magnitudes_at([(i, max(1, int(d * size))) for i, d in enumerate(density)])
 
 
-def magnitudes_at(wanted: Sequence[tuple[int, int]]) -> Passes:
-    """For each (model, rank) the rank-th largest |x| of that model, float32 [wanted]; exact.
+def magnitudes_at(
+    wanted: Sequence[tuple[int, int]], of: Callable[[Models], Models] = lambda x: x
+) -> Passes:
+    """For each (i, rank) the rank-th largest |of(x)[i]| over the tensor, float32 [wanted]; exact.
 
     float32 magnitudes sort like their bits, so each pass counts bits in BINS bins of a bracket that
     holds the answer and the next pass takes the one bin that it fell in: two passes from 31 bits.
     """
-    models = [model for model, _ in wanted]
+    arrays = [i for i, _ in wanted]
     remaining = [rank for _, rank in wanted]  # counted from the top of the bracket
     low, high = [0] * len(wanted), [LARGEST] * len(wanted)
     while any(a < b for a, b in zip(low, high, strict=True)):
         shift = [max(0, (b - a).bit_length() - 16) for a, b in zip(low, high, strict=True)]
-        counts = yield Counts(partial(_bins, models=models, low=low, shift=shift))
+        counts = yield Counts(partial(_bins, of=of, arrays=arrays, low=low, shift=shift))
         for i, bins in enumerate(counts):
             bins[((high[i] - low[i]) >> shift[i]) + 1 :] = 0  # above the bracket
             from_top = np.cumsum(bins[::-1])
@@ -49,12 +51,14 @@ def magnitudes_at(wanted: Sequence[tuple[int, int]]) -> Passes:
 
 
 def _bins(
-    x: Models, *, models: Sequence[int], low: Sequence[int], shift: Sequence[int]
-) -> list[NDArray[np.uint32]]:
-    """(bits of |x| - low) >> shift; what lies below `low` wraps around to large numbers."""
+    x: Models, *, of: Callable[[Models], Models], arrays: Sequence[int], low: Sequence[int],
+    shift: Sequence[int],
+) -> list[NDArray[np.uint32]]:  # fmt: skip
+    """(bits of |of(x)| - low) >> shift; what lies below `low` wraps around to large numbers."""
+    values = of(x)
     return [
-        (np.abs(x[model]).view(np.uint32) - np.uint32(first)) >> np.uint32(by)
-        for model, first, by in zip(models, low, shift, strict=True)
+        (np.abs(values[i]).view(np.uint32) - np.uint32(first)) >> np.uint32(by)
+        for i, first, by in zip(arrays, low, shift, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from families import typed, write_model, write_recipe
 from numpy.typing import NDArray
 
+from merge.methods import all_methods
 from merge.pipeline import Result, run_recipe
 from merge.plan import Step
 from merge.sources.weights import open_safetensors
@@ -60,6 +61,21 @@ CASES = [
          {"normalize": True, "lambda": 0.8}),
     Case("breadcrumbs_ties", 3, {"weight": W, "density": [0.5, 0.71, 0.3], "gamma": [0.05] * 3}),
     Case("breadcrumbs_ties", 3, {"weight": W, "density": [0.5] * 3}, MERGEKITS_WAY),
+    Case("della", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
+    Case("della", 3, {"weight": W, "density": [0.5] * 3, "epsilon": [0.1, 0.49, 0.0]},
+         {"normalize": False, "rescale": False, **MERGEKITS_WAY}),
+    Case("della", 2, {"weight": W[:2], "density": [0.4] * 2, "epsilon": [0.3] * 2}, {"lambda": 0.5}),
+    Case("della_linear", 3, {"weight": W, "density": [0.5] * 3}, {"rescale": False, "normalize": True}),
+    Case("della_linear", 3, {"weight": W, "density": [0.5, 0.71, 1.0]}, {"seed": 7}),
+    Case("sce", 3),
+    Case("sce", 2, {}, {"uniform_below": 1e-3}),
+    Case("sce", 3, {}, {"select_topk": 0.3}),
+    Case("ram", 3, {}, {"epsilon": 0.05}),
+    Case("ram", 2),
+    Case("ramplus_tl", 2),
+    Case("ramplus_tl", 3, {}, {"r": 0.7, "alpha": 2.0, "epsilon": 0.1}),
+    Case("arcee_fusion", 2),
+    Case("model_stock", 3, {}, {"filter_wise": True}),
     Case("model_stock", 3),
     Case("model_stock", 2),
     Case("karcher", 3),
@@ -67,6 +83,8 @@ CASES = [
     Case("nearswap", 1, {}, {"t": 0.05}),
     Case("nuslerp", 2, {"weight": [0.6, 0.2]}),
     Case("nuslerp", 2, {"weight": [0.6, 0.2]}, based=True),
+    Case("nuslerp", 2, {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}),
+    Case("nuslerp", 2, {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}, based=True),
     Case("multislerp", 3, {"weight": [0.6, 0.3, 0.2]}),
     Case("multislerp", 3, {"weight": [0.6, 0.3, 0.2]}, {"normalize_weights": False}, based=True),
 ]  # fmt: skip
@@ -75,8 +93,7 @@ Values = Mapping[str, NDArray[Any]]
 
 
 def needs_base(case: Case) -> bool:
-    without = ("linear", "passthrough", "karcher", "nuslerp", "multislerp")
-    return case.based or case.method not in without
+    return case.based or all_methods()[case.method].base == "required"
 
 
 def write_case(
@@ -89,7 +106,7 @@ def write_case(
         {"model": f"m{i}", "parameters": {k: v[i] for k, v in case.own.items()}}
         for i in range(case.models)
     ]
-    if case.method == "slerp":
+    if all_methods()[case.method].base == "first":
         keys["base_model"] = "m0"
     elif needs_base(case):
         write_model(folder / "base", typed(base, dtype))

@@ -139,8 +139,113 @@ def breadcrumbs_ties(
     return np.asarray(base + elect_and_merge(crumbs(x, base, density, gamma), **rest))
 
 
-def model_stock(x: list[Tensor], base: Tensor, name: str) -> Tensor:
+def chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """Section 3.1 of the DELLA paper in terms of keeping: rank in the row, equal magnitudes by their
+    mean; which are equal is decided in the engine's float32."""
+    sizes = np.abs(delta.astype(np.float32))
+    below = (sizes[:, None, :] < sizes[:, :, None]).sum(axis=2)
+    upto = (sizes[:, None, :] <= sizes[:, :, None]).sum(axis=2)
+    share = (below + upto - 1) / 2 / (delta.shape[1] - 1)
+    return np.asarray(density - epsilon + 2 * epsilon * share)
+
+
+def pruned(
+    x: list[Tensor], base: Tensor, name: str, density: list[float], epsilon: list[float],
+    rescale: bool, seed: int,
+) -> list[Tensor]:  # fmt: skip
+    out = []
+    for i, (model, p, e) in enumerate(zip(x, density, epsilon, strict=True)):
+        delta = model - base
+        if p < 1:
+            chance = chances(delta, p, e)
+            random = Counter.of(0, (1, model.size)).random(random_key(seed, name, i))
+            kept = random.reshape(model.shape) < chance * 2**32
+            delta = np.where(kept, delta, 0.0) / (chance if rescale else 1.0)
+        out.append(delta)
+    return out
+
+
+def della(
+    x: list[Tensor], base: Tensor, name: str, *, density: list[float], epsilon: list[float],
+    rescale: bool, seed: int, **rest: Any,
+) -> Tensor:  # fmt: skip
+    kept = pruned(x, base, name, density, epsilon, rescale, seed)
+    return np.asarray(base + elect_and_merge(kept, **rest))
+
+
+def della_linear(
+    x: list[Tensor], base: Tensor, name: str, *, density: list[float], epsilon: list[float],
+    rescale: bool, seed: int, **rest: Any,
+) -> Tensor:  # fmt: skip
+    kept = [d + base for d in pruned(x, base, name, density, epsilon, rescale, seed)]
+    return task_arithmetic(kept, base, name, **rest)
+
+
+def sce(
+    x: list[Tensor], base: Tensor, name: str, *, select_topk: float, uniform_below: float
+) -> Tensor:
+    """Section 3.3 of the FuseChat paper: select, calculate, erase; merged as its authors' code does."""
+    deltas = np.stack([m.astype(np.float32) - base.astype(np.float32) for m in x]).astype(float)
+    if select_topk < 1:
+        variance = deltas.var(axis=0)
+        variance[(deltas == deltas[0]).all(axis=0)] = 0.0
+        k = int(select_topk * np.count_nonzero(variance))
+        least = np.sort(variance.ravel())[-k] if k else np.inf
+        deltas *= variance >= least * (1 - 1e-6)  # equal ones, differently rounded
+    energies = (deltas**2).mean(axis=(1, 2))
+    uniform = energies.sum() < uniform_below
+    weights = np.full(len(x), 1 / len(x)) if uniform else energies / (energies.sum() or 1.0)
+    sign = np.sign(deltas.sum(axis=0))
+    agree = (np.sign(deltas) == sign) & (sign != 0)
+    shares = weights[:, None, None] * agree
+    divisor = shares.sum(axis=0)
+    return np.asarray(base + (shares * deltas).sum(axis=0) / np.where(divisor > 0, divisor, 1.0))
+
+
+def ram(x: list[Tensor], base: Tensor, name: str, *, epsilon: float) -> Tensor:
+    return ramplus_tl(x, base, name, r=0.0, alpha=0.0, epsilon=epsilon)
+
+
+def ramplus_tl(
+    x: list[Tensor], base: Tensor, name: str, *, r: float, alpha: float, epsilon: float
+) -> Tensor:
+    """The RAM paper's three kinds of positions, one after the other."""
+    deltas = [(m.astype(np.float32) - base.astype(np.float32)).astype(float) for m in x]
+    changes = np.stack([np.abs(d) > np.float32(epsilon) for d in deltas])
+    count = changes.sum(axis=0)
+    merged = np.zeros_like(base)
+    for delta, change in zip(deltas, changes, strict=True):
+        shared, alone = change & (count > 1), change & (count == 1)
+        rho = shared.sum() / alone.sum() if alone.any() else np.inf * (shared.any() or np.nan)
+        scale = 1 + r * np.clip(np.nan_to_num(rho, posinf=alpha), 0, alpha)
+        merged[shared] += delta[shared] / count[shared]
+        merged[alone] += scale * delta[alone]
+    return np.asarray(base + merged)
+
+
+def arcee_fusion(x: list[Tensor], base: Tensor | None, name: str) -> Tensor:
+    """Importance scoring, dynamic threshold, selective integration, as Arcee describe them."""
+    origin, model = x
+    p, q = (np.exp(m) / np.exp(m).sum(axis=1, keepdims=True) for m in (model, origin))
+    importance = np.abs(model - origin) * (p * np.log(p / q)).sum(axis=1, keepdims=True)
+    ordered = np.sort(importance.ravel())
+    low, median, high = (ordered[int(f * (ordered.size - 1))] for f in (0.25, 0.5, 0.75))
+    return np.where(importance >= median + 1.5 * (high - low), model, origin)
+
+
+def by_rows(reference: Callable[..., Tensor], x: list[Tensor], base: Tensor | None) -> Tensor:
+    """A whole-tensor reference on each row alone."""
+    rows = []
+    for i in range(len(x[0])):
+        origin = None if base is None else base[i : i + 1]
+        rows.append(reference([m[i : i + 1] for m in x], origin))
+    return np.concatenate(rows)
+
+
+def model_stock(x: list[Tensor], base: Tensor, name: str, *, filter_wise: bool = False) -> Tensor:
     """Equation 4 of the Model Stock paper, its angle averaged over all pairs."""
+    if filter_wise:
+        return by_rows(lambda *row: model_stock(*row, name), x, base)
     deltas = [(m - base).ravel() for m in x]
     units = [d / np.linalg.norm(d) for d in deltas]
     n = len(x)
@@ -179,8 +284,12 @@ def nearswap(x: list[Tensor], base: Tensor, name: str, *, t: float) -> Tensor:
 
 
 def nuslerp(
-    x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float], **_: Any
-) -> Tensor:
+    x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float],
+    nuslerp_flatten: bool, **_: Any,
+) -> Tensor:  # fmt: skip
+    if not nuslerp_flatten:
+        options: dict[str, Any] = {"weight": weight, "nuslerp_flatten": True}
+        return by_rows(lambda *row: nuslerp(*row, name, **options), x, base)
     origin = np.zeros_like(x[0]) if base is None else base
     a, b = ((m - origin).ravel() for m in x)
     t = weight[1] / sum(weight)
@@ -215,6 +324,12 @@ REFERENCES: Mapping[str, Reference] = {
         dare_ties,
         breadcrumbs,
         breadcrumbs_ties,
+        della,
+        della_linear,
+        sce,
+        ram,
+        ramplus_tl,
+        arcee_fusion,
         model_stock,
         karcher,
         nearswap,

@@ -79,10 +79,25 @@ RECIPES: dict[str, dict[str, Any]] = {
     "breadcrumbs_ties": _delta(
         "breadcrumbs_ties", {"normalize": True}, weight=WEIGHTS, density=[0.5] * 3, gamma=[0.05] * 3
     ),
+    "della": _delta("della", {}, weight=WEIGHTS, density=[1.0] * 3),
+    "della_linear": _delta("della_linear", {"lambda": 0.7}, weight=WEIGHTS, density=[1.0] * 3),
+    "sce": _delta("sce", {}),
+    "sce_select": _delta("sce", {"select_topk": 0.3}),
+    "ram": _delta("ram", {"epsilon": 0.05}),
+    "ramplus_tl": _delta("ramplus_tl", {"r": 0.5, "alpha": 3.0, "epsilon": 0.15}),
+    "arcee_fusion": {
+        "merge_method": "arcee_fusion", "base_model": "base", "dtype": "float32",
+        "models": [{"model": "a"}],
+    },
     "model_stock": _delta("model_stock", {}),
+    "model_stock_filter_wise": _delta("model_stock", {"filter_wise": True}),
     "karcher": _without_base(_delta("karcher", {})),
     "nuslerp": {
         "merge_method": "nuslerp", "dtype": "float32",
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
+    },
+    "nuslerp_by_rows": {
+        "merge_method": "nuslerp", "dtype": "float32", "parameters": {"nuslerp_flatten": False},
         "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
     },
     "nuslerp_on_base": {
