@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from merge.errors import PlanError
 from merge.methods import all_methods
+from merge.methods.della import magnitude_shares
 
 GOLDEN = Path(__file__).with_name("golden.json")
 EPSILON = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # half a unit in the last place
@@ -146,6 +147,17 @@ WORKED = {
         {"weight": [1.0, 1.0], "density": [0.2, 0.2]}, {},
         [[4, 5, 0, 0], [6, 0, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]],
     ),
+    # shared but for a's (0, 3) and b's (1, 0), which stay whole
+    "ram": ({}, {}, [[3, 1, 0, 1], [6, 0, 0, 0], [2, 0, 0, 0], [1, 1, 1, 1]]),
+    # each shares 8 of its changes and has 1 alone: 1 + .5 min(8 / 1, 2) = 2 times that one
+    "ramplus_tl": (
+        {}, {"r": 0.5, "alpha": 2.0},
+        [[3, 1, 0, 2], [12, 0, 0, 0], [2, 0, 0, 0], [1, 1, 1, 1]],
+    ),
+    # they differ in 6 places, most by 12, 8 and 6; there -3, 0 and -4 are in the minority
+    "sce": (
+        {}, {"select_topk": 0.5}, [[0, 5, 0, 0], [6, 0, 0, 0], [8, 0, 0, 0], [0, 0, 0, 0]],
+    ),
     "task_arithmetic": (
         {"weight": [1.0, 0.5]}, {},
         [[5, -0.5, 1, 1], [3, 0, 0, 0], [6, 0, 0, 0], [1.5, 1.5, 1.5, 1.5]],
@@ -199,6 +211,65 @@ def test_model_stock_keeps_small_task_vectors(size: float) -> None:
     recipe = write_case(folder, Case("model_stock", 2), [model, model], base, "F32")
     found, _ = merged(recipe)
     assert np.abs(found[NAME] - model[NAME]).max() <= 2.0**-22 * np.abs(base[NAME]).max()
+
+
+def test_della_ranks_hand_worked() -> None:
+    """Within a row, equal magnitudes by the mean of their ranks; a column is one vector."""
+    delta = np.array([[3, -1, 2, 2], [0, 0, 0, 0], [-4, 3, -2, 1]], np.float32)
+    third = 1 / 3
+    expected = [[1, 0, 0.5, 0.5], [0.5] * 4, [1, 2 * third, third, 0]]
+    assert np.allclose(magnitude_shares(delta), expected, rtol=1e-15, atol=0)
+    assert magnitude_shares(delta[:1].T).tolist() == np.array(expected[:1]).T.tolist()
+
+
+def test_arcee_fusion_hand_worked() -> None:
+    """Rows alike: quartiles 1, 2, 3 times their divergence, so that 10 is above 2 + 1.5 (3 - 1)."""
+    base, step = np.zeros((4, 4), np.float32), np.tile(np.float32([1, 2, -3, 10]), (4, 1))
+    folder = Path(tempfile.mkdtemp())
+    models = [{NAME: base}, {NAME: step}]
+    found, _ = merged(write_case(folder, Case("arcee_fusion", 2), models, {}, "F32"))
+    assert found[NAME].tolist() == [[0, 0, 0, 10]] * 4
+
+
+def by_rows(case: Case, a: list[Any], b: list[Any], size: int = 4) -> NDArray[Any]:
+    models = [{NAME: np.array(rows, np.float32)} for rows in (a, b)]
+    base = {NAME: np.zeros((len(a), size), np.float32)}
+    return merged(write_case(Path(tempfile.mkdtemp()), case, models, base, "F32"))[0][NAME]
+
+
+def test_model_stock_by_rows_hand_worked() -> None:
+    """A row in which the models agree is taken, one at right angles or unchanged in one stays."""
+    case = Case("model_stock", 2, {}, {"filter_wise": True})
+    a, b = [[1, 2, 0, 0], [3, 0, 0, 0], [1, 1, 1, 1]], [[1, 2, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0]]
+    assert by_rows(case, a, b).tolist() == [[1, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_nuslerp_by_rows_hand_worked() -> None:
+    """Each row on its own arc: a quarter turn, none at all, and a straight line to 0."""
+    case = Case("nuslerp", 2, {"weight": [0.5, 0.5]}, {"nuslerp_flatten": False})
+    a, b = [[2, 0, 0, 0], [1, 1, 1, 1], [4, 0, 0, 0]], [[0, 2, 0, 0], [3, 3, 3, 3], [0, 0, 0, 0]]
+    half = float(np.float32(np.sqrt(2)))
+    expected = [[half, half, 0, 0], [2, 2, 2, 2], [2, 0, 0, 0]]
+    assert np.allclose(by_rows(case, a, b), expected, rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "rows", "whole"),
+    [
+        ("nuslerp", {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}, {}),
+        ("model_stock", {}, {"filter_wise": True}, {}),
+    ],
+)
+def test_a_vector_is_one_row(method: str, own: Any, rows: Any, whole: Any) -> None:
+    found = [run(Case(method, 2, own, shared), (500_000,))[0] for shared in (rows, whole)]
+    assert np.array_equal(*found)
+
+
+def test_della_refuses_what_is_no_probability() -> None:
+    for density, epsilon in ((0.1, 0.15), (0.9, 0.15), (0.15, 0.15)):
+        own = {"weight": [1.0], "density": [density], "epsilon": [epsilon]}
+        with pytest.raises(PlanError, match="choose a smaller epsilon"):
+            run(Case("della", 1, own), (4, 4))
 
 
 def test_karcher_hand_worked() -> None:
