@@ -346,6 +346,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
             click.echo(f"{found.name:16} {found.summary}")
             continue
         click.echo(f"{found.name}\n\n{found.text}\n")
+        click.echo(click.wrap_text(f"When it helps: {found.when}", 100) + "\n")
         if found.paper:
             click.echo(f"Paper: {found.paper}\n")
         for p in found.parameters.values():
@@ -360,6 +361,7 @@ def _method_facts(method: Any) -> dict[str, Any]:
     return {
         "name": method.name,
         "text": method.text,
+        "when": method.when,
         "paper": method.paper,
         "base": method.base,
         "parameters": [

@@ -2,7 +2,8 @@
 
 A method is a function of one grain: `x`, one float32 array [rows, cols] per model, to one merged array.
 It registers with `@method`; its keyword-only arguments *are* the parameters of the recipe, so that
-validation, `mergetool methods NAME` and the tables of the documentation all come from the signature.
+validation, `mergetool methods NAME` and the pages of docs/methods all come from it; so do the paragraphs
+"When it helps: ..." and "Parameters:" of its docstring.
 
 Further positional arguments are handed in by their names:
     x        list of arrays; with space="delta" they are task vectors and the result is added to the base
@@ -20,6 +21,7 @@ one loop (merge/fuse.py). What is not element-wise works too, only slower.
 import inspect
 import math
 import pkgutil
+import re
 import typing
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,11 +150,21 @@ class Method:
 
     @property
     def summary(self) -> str:
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+        return self._doc.split("\n", 1)[0]
 
     @property
     def text(self) -> str:
-        return (inspect.getdoc(self.function) or "").split("\nParameters:")[0].strip()
+        return re.split(r"\n(?:When it helps|Parameters):", self._doc)[0].strip()
+
+    @property
+    def when(self) -> str:
+        """What the docstring says after "When it helps:", in one line."""
+        found = re.search(r"^When it helps: (.*?)(?:\n\n|\Z)", self._doc, re.DOTALL | re.MULTILINE)
+        return " ".join(found[1].split()) if found else ""
+
+    @property
+    def _doc(self) -> str:
+        return inspect.getdoc(self.function) or ""
 
     def arguments(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Recipe parameters as keyword arguments (`lambda` is a word of Python)."""

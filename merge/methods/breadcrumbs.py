@@ -62,6 +62,9 @@ def breadcrumbs(
     after the very largest, a fraction `gamma`, are gone. Values equal to the smallest or the largest
     one kept stay too. With density 1 nothing goes.
 
+    When it helps: many task vectors at once, some with outliers that would dominate their sum; the
+    paper reports settings that carry over as tasks are added.
+
     Parameters:
         weight: coefficient of this model's task vector
         density: fraction of the values that stay
@@ -91,6 +94,8 @@ def breadcrumbs_ties(
     int8_mask: bool = False,
 ) -> Array:
     """Breadcrumbs' masks in place of TIES' trimming, then TIES' election and merge.
+
+    When it helps: as breadcrumbs, where the signs of the models conflict as well.
 
     Parameters:
         weight: coefficient of this model's task vector

@@ -48,6 +48,10 @@ def dare_linear(
     The mask depends on seed, tensor name, model position and element alone. mergekit rescales to the
     tensor's former L1 norm instead; here it is divided by the probability, as in the paper.
 
+    When it helps: supervised fine-tunes with small task vectors: the paper drops 90 % of them and
+    more with little loss. It notes that large task vectors, as of continued pretraining, do not
+    bear it.
+
     Parameters:
         weight: coefficient of this model's task vector
         density: probability that a value is kept
@@ -77,6 +81,8 @@ def dare_ties(
     int8_mask: bool = False,
 ) -> Array:
     """DARE's random dropping in place of TIES' trimming, then TIES' election and merge.
+
+    When it helps: as dare_linear, with several models whose signs conflict.
 
     Parameters:
         weight: coefficient of this model's task vector

@@ -65,6 +65,9 @@ def arcee_fusion(x: Models, stats: np.float32) -> Array:
     median + 1.5 (third - first quartile) of the tensor on. mergekit estimates the quartiles of large
     tensors from a random sample and computes the divergence in the input's precision, where that of a
     fine-tune is mostly rounding; here both are exact up to float64.
+
+    When it helps: a base is to take over only the outstanding changes of one fine-tune. No paper or
+    comparison is known to us.
     """
     base, model = x
     return np.where(importance(x)[0] >= stats, model, base)

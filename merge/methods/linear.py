@@ -31,6 +31,10 @@ def linear(x: Models, *, weight: PerModel[Weight], normalize: bool = True) -> Ar
 
     The divisor is the signed sum, so that the coefficients of the models always add up to 1.
 
+    When it helps: fine-tunes of one base, or checkpoints of one training run, that lie close
+    together; the paper reports averages of runs with other hyperparameters to beat the best single
+    run. Models far apart lose what they do not share.
+
     Parameters:
         weight: coefficient of this model
         normalize: divide the weights by their sum
@@ -49,6 +53,10 @@ def task_arithmetic(
     int8_mask: bool = False,
 ) -> Array:
     """The base plus weighted task vectors: base + lambda * sum(w_i (x_i - base)).
+
+    When it helps: skills of several fine-tunes of one base are to be added, or one taken away (a
+    negative weight), and their task vectors interfere little; the plain baseline for all methods on
+    task vectors.
 
     Parameters:
         weight: coefficient of this model's task vector
@@ -71,6 +79,9 @@ def scaled_weights(weight: Sequence[float], normalize: bool, scale: float) -> li
 )  # fmt: skip
 def passthrough(x: Models, *, scale: PerModel[Weight] = each(1.0)) -> Array:
     """The one model, scaled: s x. With scale 1 the stored bytes are copied as they are.
+
+    When it helps: one model is to be rewritten as it is: in another dtype, scaled, or with other
+    files around it.
 
     Parameters:
         scale: factor on every value

@@ -14,6 +14,9 @@ def nearswap(x: Models, *, t: Annotated[float, Range(0)]) -> Array:
 
     Where the two nearly agree the other model is taken over; large differences are cut off.
 
+    When it helps: what another model agrees in with the base is to be taken over while large
+    differences are cut off: a careful blend of a foreign model.
+
     Parameters:
         t: largest change of a value
     """

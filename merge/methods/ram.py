@@ -35,7 +35,11 @@ def ram(x: Models, *, epsilon: Size = 1e-5) -> Array:
     """Changes of one model alone as they are, changes of several as their mean.
 
     base + sum_i(d_i) / max(1, number of models with |x_i - base| > epsilon), d_i = x_i - base where that
-    is larger than epsilon, else 0. No weights: a model that changed little is not thinned by the others.
+    is larger than epsilon, else 0. There are no weights.
+
+    When it helps: sparse task vectors of reinforcement learning that overlap little; the paper
+    argues that averaging dilutes what only one agent learned. Dense task vectors overlap nearly
+    everywhere, and it becomes their mean.
 
     Parameters:
         epsilon: differences from the base up to this size count as none
@@ -79,6 +83,9 @@ def ramplus_tl(
 
     As ram, but the changes of model i alone are multiplied by 1 + r min(s_i / u_i, alpha), with s_i and
     u_i the numbers of its shared and unshared changes; here (as in mergekit) of each tensor.
+
+    When it helps: as ram, where the averaging of shared changes weakens the models; the paper
+    counts shared changes over the whole model, this over each tensor.
 
     Parameters:
         r: strength of the amplification

@@ -83,6 +83,10 @@ def sce(
     the models is among the largest `select_topk` of those above 0 (equal ones stay too), w_i is the share
     of sum(d_i**2) of the tensor, and agree_i holds where d_i has the sign of sum_i(d_i).
 
+    When it helps: several task vectors of unequal size and no idea of their weights, which follow
+    from how far each model moved, tensor by tensor. A model that moved far is not always the better
+    one.
+
     Parameters:
         select_topk: fraction of the differing positions that are merged; the others keep the base
         uniform_below: mean energy, summed over the models, below which they weigh alike (mergekit: 1e-6,

@@ -40,6 +40,9 @@ def slerp(x: Models, stats: Any, *, t: Annotated[float, Range(0, 1)]) -> Array:
     sin((1-t)a)/sin(a) x_0 + sin(t a)/sin(a) x_1 with a the angle between x_0 and x_1. Where they are
     parallel (|cos a| > 0.9995) or one of them is zero: (1-t) x_0 + t x_1.
 
+    When it helps: two models of one base are to be blended without the loss of length that a linear
+    average of vectors at an angle has. For models that nearly agree it hardly differs from linear.
+
     Parameters:
         t: 0 gives the base, 1 the other model
     """
@@ -89,6 +92,10 @@ def model_stock(x: Models, stats: Any, *, filter_wise: bool = False) -> Array:
     the n task vectors of a tensor. A model that does not differ from the base has none, and counts as
     at right angles to the others.
 
+    When it helps: two or more fine-tunes of one base on the same task; the paper reports that two
+    of them come near an average of many. Models of different tasks have task vectors nearly at
+    right angles, and the result stays near the base.
+
     Parameters:
         filter_wise: an angle and a t for every row of a matrix (a vector has one) instead of one for all
     """
@@ -119,6 +126,8 @@ def karcher(
 
     The length is the mean of the lengths; tensors of zeros have no direction and are left out of both.
     Found by gradient steps on the coefficients of the models alone, from their inner products.
+
+    When it helps: more than two models are to be averaged in direction, all with the same say.
 
     Parameters:
         max_iter: most steps that are taken
@@ -197,6 +206,9 @@ def nuslerp(
 
     As slerp with t = w_1 / (w_0 + w_1), but only what is truly parallel is taken as such.
 
+    When it helps: as slerp; with a base, where two task vectors at a large angle are to be blended
+    without shrinking.
+
     Parameters:
         weight: share of this model
         nuslerp_flatten: one arc for the whole tensor; false: one for each row (a vector is one row)
@@ -230,6 +242,9 @@ def multislerp(
 
     The first step towards the mean on the sphere: sum(w_i x_i / |x_i|) scaled to length
     sum(w_i |x_i|). Where the directions cancel, the weighted sum of the models.
+
+    When it helps: more than two models, or task vectors, are to be averaged in direction without
+    losing length.
 
     Parameters:
         weight: share of this model

@@ -118,6 +118,9 @@ def ties(
     `density` of |x_i - base| (values equal to the smallest one kept stay too) and agree_i holds where
     d_i has the sign of sum_i(d_i). Without weights this is the paper's algorithm.
 
+    When it helps: three or more task vectors whose signs conflict; the paper reports less
+    interference than plain sums. With one task vector only trimming is left of it.
+
     Parameters:
         weight: coefficient of this model's task vector
         density: fraction of the values that trimming keeps
