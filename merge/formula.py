@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge.fuse import BINS, LANES, Loop, UntraceableError, traced
-from merge.methods import Counts, Method, Passes, Statistic, Sums
+from merge.methods import Counts, Method, Models, Passes, Statistic, Sums
 from merge.numerics import (
     INFINITY,
     STORAGE,
@@ -32,7 +32,7 @@ from merge.numerics import (
 from merge.plan import Step
 
 # stored rows of every input, and the numbers of their elements for whoever asks -> arrays
-Expression = Callable[[Sequence[Any], Callable[[], Counter]], Sequence[Any]]
+Expression = Callable[[Sequence[Any], Callable[[], Counter]], Iterable[Any]]
 Grain = tuple[Sequence[Raw], int]  # stored rows of every input, number of their first element
 Merging = Callable[[Grain], tuple[Raw, bool]]  # merged rows; whether all was seen to be finite
 
@@ -82,22 +82,25 @@ class Formula:
         return lambda grain: (from_float32(function(grain)[0], self.step.dtype), False)
 
     def measuring(self, request: Sums | Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
-        """A function from grains to their statistics: one each, or (counts) one for all."""
-        expression = request.terms if isinstance(request, Sums) else request.bins
-        kind = "sum" if isinstance(request, Sums) else "count"
+        """A function from grains to their statistics: one each, or (integers) one for all."""
+        expression: Callable[[Models], Iterable[Any]]
+        if isinstance(request, Counts):
+            expression, kind = request.bins, "count"
+        else:
+            expression, kind = request.terms, "columns" if request.by_column else "sum"
         function = self._compiled(lambda raws, _: expression(self._operands(raws)[0]), kind)
         if kind == "sum":
             return lambda grains: [
                 np.array([folded(lanes) for lanes in function(grain)]) for grain in grains
             ]
 
-        def counted(grains: Iterable[Grain]) -> list[Statistic]:
+        def added(grains: Iterable[Grain]) -> list[Statistic]:
             total: list[Any] | None = None
             for grain in grains:
                 total = function(grain, total)
             return [np.stack(total)] if total else []
 
-        return counted
+        return added
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -122,12 +125,12 @@ class Formula:
         return _GrainFunction(expression, kind, self._loop(expression, kind), self.fuse)
 
     def _loop(self, expression: Expression, kind: str) -> Loop | None:
-        if not self.fuse:
+        if not self.fuse or kind == "columns":
             return None
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
         try:
             return traced(
-                lambda raws, index, high: expression(raws, lambda: Counter(index, high)),
+                lambda raws, index, high: list(expression(raws, lambda: Counter(index, high))),
                 dtypes,
                 kind,
             )
@@ -157,7 +160,12 @@ def _counted(values: Any) -> Any:
 
 # of the types that a loop sees: 16 bits are bfloat16
 _LIMITS = {STORAGE[name].str[1:]: INFINITY[name] for name in ("BF16", "F32", "F64")}
-_REDUCED: dict[str, Callable[[Any], Any]] = {"store": lambda v: v, "sum": _lanes, "count": _counted}
+_REDUCED: dict[str, Callable[[Any], Any]] = {
+    "store": lambda v: v,
+    "sum": _lanes,
+    "count": _counted,
+    "columns": lambda v: v.sum(axis=0),
+}
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time, _one_trial = threading.Lock(), threading.Lock()
 _log = logging.getLogger("mergetool")

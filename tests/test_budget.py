@@ -26,7 +26,7 @@ print(result.budget.peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
 SHAPE = (4096, 4096)  # 32 MiB in bfloat16: held inputs, blocks and arrays all count
 ONE_EACH = list({case.method: case for case in CASES}.values())
 BY_ROWS = [Case("model_stock", 3, {}, {"filter_wise": True})]
-BY_ROWS += [Case("nuslerp", 2, {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}, based=True)]
+BY_ROWS += [case for case in CASES if case.based and "nuslerp_flatten" in case.shared]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Conversions, sums, random numbers and digests."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from merge.fuse import LANES
 from merge.numerics import (
     Counter,
     combined_digest,
+    exp,
     first_nonfinite,
     folded,
     from_float32,
@@ -18,6 +21,7 @@ from merge.numerics import (
     grain_rows,
     pairwise,
     random_key,
+    row_sums,
     rows_and_cols,
     to_float32,
 )
@@ -106,3 +110,23 @@ def test_digest_changes_with_any_bit() -> None:
         changed = raw.copy()
         changed[position] ^= 1
         assert combined_digest([grain_digest(changed)]) != before
+
+
+def test_exp_is_within_two_units_of_the_exact_one() -> None:
+    x = np.concatenate(
+        [np.linspace(-700, 700, 20_001), np.random.default_rng(0).standard_normal(20_000)]
+    )
+    exact = np.array([math.exp(value) for value in x.tolist()])
+    assert np.abs(exp(x) - exact).max() <= 2 * np.spacing(exact).max()
+    assert (np.abs(exp(x) - exact) <= 2 * np.spacing(exact)).all()
+    assert exp(np.array([0.0, -800.0])).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("cols", [1, 2, 3, 1000, 1025])
+def test_row_sums_are_sums_of_rows(cols: int) -> None:
+    values = np.random.default_rng(cols).standard_normal((7, cols))
+    before = values.copy()
+    exact = [math.fsum(row) for row in values.tolist()]
+    assert np.allclose(row_sums(values), exact, rtol=0, atol=16 * 2.0**-53 * np.sqrt(cols))
+    assert np.array_equal(values, before)
+    assert row_sums(values).tobytes() == row_sums(np.asfortranarray(values)).tobytes()

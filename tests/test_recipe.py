@@ -73,7 +73,7 @@ def refusal(text: str) -> str:
         (
             "models: [{model: a}]\nmerge_method: tis\n",
             2,
-            ["'tis'", "did you mean 'ties'", "there are breadcrumbs"],
+            ["'tis'", "did you mean 'ties'", "there are arcee_fusion"],
         ),
         ("merge_method: linear\nmodels: []\n", 2, ["models"]),
         ("merge_method: linear\n", 1, ["models is missing"]),

@@ -23,7 +23,7 @@ import math
 import pkgutil
 import re
 import typing
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -41,9 +41,14 @@ Random = Callable[[int], NDArray[np.uint32]]
 
 @dataclass(frozen=True)
 class Sums:
-    """A pass: the float64 sums over the tensor of the arrays `terms(x)`, sent as float64 [terms]."""
+    """A pass: the sums over the tensor of the float64 arrays `terms(x)`, sent as float64 [terms].
 
-    terms: Callable[[Models], Sequence[NDArray[np.float64]]]
+    by_column: the sums over the rows of int64 arrays, which any order of adding leaves exact, sent as
+    int64 [terms, cols]. `terms` may then yield one array after the other.
+    """
+
+    terms: Callable[[Models], Iterable[NDArray[Any]]]
+    by_column: bool = False
 
 
 @dataclass(frozen=True)

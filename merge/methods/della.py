@@ -93,8 +93,8 @@ def della(
 
     A value of x_i - base is kept with probability p = density - epsilon + 2 epsilon r, r its rank by
     magnitude in its row from 0 to 1, and divided by p. A vector is one row; beyond 2**18 values, parts
-    of so many are. epsilon is half the paper's. mergekit gives equal magnitudes different ranks and
-    rescales to the tensor's former L1 norm; here they share a rank and are divided by p, as in the paper.
+    of so many are. mergekit gives equal magnitudes different ranks and rescales to the tensor's former L1
+    norm; here they share a rank and are divided by p, as in the paper.
 
     When it helps: as dare_ties, at low densities, where it matters that large changes survive; the
     paper reports better scores on average than DARE and TIES.

@@ -84,8 +84,7 @@ def ramplus_tl(
     As ram, but the changes of model i alone are multiplied by 1 + r min(s_i / u_i, alpha), with s_i and
     u_i the numbers of its shared and unshared changes; here (as in mergekit) of each tensor.
 
-    When it helps: as ram, where the averaging of shared changes weakens the models; the paper
-    counts shared changes over the whole model, this over each tensor.
+    When it helps: as ram, where the averaging of shared changes weakens the models.
 
     Parameters:
         r: strength of the amplification

@@ -11,7 +11,6 @@ from merge.methods import Models, Passes, PerModel, Range, Sums, Weight, method
 from merge.methods.linear import weighted_sum
 from merge.numerics import Array, row_sums
 
-COLLINEAR = 1e-7  # sine below which no arc is drawn; float64 tells smaller angles no more
 PARALLEL = 0.9995  # |cosine| above which sin(angle) is too small to divide by; mergekit's value
 
 
@@ -46,11 +45,11 @@ def slerp(x: Models, stats: Any, *, t: Annotated[float, Range(0, 1)]) -> Array:
     Parameters:
         t: 0 gives the base, 1 the other model
     """
-    cosine = _cosine(stats, 0, 1, without=1.0)
-    return weighted_sum(x, _on_arc(t, cosine, straight=abs(cosine) > PARALLEL))
+    cosine = cosine_between(stats, 0, 1, without=1.0)
+    return weighted_sum(x, on_arc(t, cosine, straight=abs(cosine) > PARALLEL))
 
 
-def _on_arc(t: float, cosine: float, *, straight: bool) -> list[float]:
+def on_arc(t: float, cosine: float, *, straight: bool) -> list[float]:
     """Coefficients of two models at t between them: on the arc of that cosine, or on the line."""
     if straight:
         return [1.0 - t, t]
@@ -68,13 +67,23 @@ def row_grams(x: Models) -> NDArray[np.float64]:
     return out
 
 
-def _by_rows(x: Models, coefficients: Callable[[NDArray[np.float64]], list[float]]) -> Array:
+def of_each(
+    products: NDArray[np.float64], coefficients: Callable[[NDArray[np.float64]], list[float]]
+) -> Array:
+    """The coefficients of the models for each of n inner products [n, models, models], [n, models]."""
+    out = np.empty(products.shape[:2], np.float32)
+    for i, of_one in enumerate(products):
+        out[i] = coefficients(of_one)
+    return out
+
+
+def by_rows(x: Models, coefficients: Callable[[NDArray[np.float64]], list[float]]) -> Array:
     """Weighted sum of the models, with the coefficients of each row from its inner products."""
-    weights = np.array([coefficients(products) for products in row_grams(x)], np.float32)
+    weights = of_each(row_grams(x), coefficients)
     return weighted_sum(x, [weights[:, i : i + 1] for i in range(len(x))])
 
 
-def _whole_or_rows(
+def whole_or_rows(
     size: int, *, models: int, cols: int, filter_wise: bool, **_: Any
 ) -> Passes | None:
     """Inner products over the whole tensor; none where each row of a grain has its own."""
@@ -83,7 +92,7 @@ def _whole_or_rows(
 
 @method(
     space="delta", base="required", models=(2, 1000), passes=1, workspace=6,
-    statistics=_whole_or_rows, paper="arXiv:2403.19522",
+    statistics=whole_or_rows, paper="arXiv:2403.19522",
 )  # fmt: skip
 def model_stock(x: Models, stats: Any, *, filter_wise: bool = False) -> Array:
     """The point between the base and the average of the models that is nearest to their centre.
@@ -100,14 +109,14 @@ def model_stock(x: Models, stats: Any, *, filter_wise: bool = False) -> Array:
         filter_wise: an angle and a t for every row of a matrix (a vector has one) instead of one for all
     """
     if stats is None:
-        return _by_rows(x, _nearest_to_the_centre)
+        return by_rows(x, _nearest_to_the_centre)
     return weighted_sum(x, _nearest_to_the_centre(stats))
 
 
 def _nearest_to_the_centre(products: NDArray[np.float64]) -> list[float]:
     """t / n for each task vector, from their inner products [models, models]."""
     count = len(products)
-    cosines = [_cosine(products, i, j) for i in range(count) for j in range(i)]
+    cosines = [cosine_between(products, i, j) for i in range(count) for j in range(i)]
     mean = math.fsum(cosines) / len(cosines)
     t = count * mean / (1.0 + (count - 1) * mean) if mean > -1.0 / (count - 1) else 0.0
     return [t / count] * count
@@ -167,62 +176,14 @@ def _karcher_mean(cosines: NDArray[np.float64], max_iter: int, tol: float) -> ND
     return mean
 
 
-def _no_direction(*, weight: list[float], **_: Any) -> str | None:
+def no_direction(*, weight: list[float], **_: Any) -> str | None:
     if abs(math.fsum(weight)) < 1e-6 * max(map(abs, weight)) or not any(weight):
         return "the weights sum to 0, which gives no point between the models; change them"
     return None
 
 
 def _no_mean(*, weight: list[float], normalize_weights: bool, **_: Any) -> str | None:
-    return _no_direction(weight=weight) if normalize_weights else None
-
-
-def _no_arc(*, weight: list[float], nuslerp_flatten: bool, nuslerp_row_wise: bool) -> str | None:
-    if nuslerp_row_wise and not nuslerp_flatten:
-        return "nuslerp_row_wise: true (an arc for every column) cannot be run yet; leave it out"
-    return _no_direction(weight=weight)
-
-
-def _whole_or_row_arcs(
-    size: int, *, models: int, cols: int, nuslerp_flatten: bool, **_: Any
-) -> Passes | None:
-    return _whole_or_rows(size, models=models, cols=cols, filter_wise=not nuslerp_flatten)
-
-
-@method(
-    space="delta", base="optional", models=(2, 2), passes=1, workspace=7,
-    statistics=_whole_or_row_arcs, check=_no_arc,
-    paper="Shoemake 1985, doi:10.1145/325334.325242",
-)  # fmt: skip
-def nuslerp(
-    x: Models,
-    stats: Any,
-    *,
-    weight: PerModel[Weight],
-    nuslerp_flatten: bool = True,
-    nuslerp_row_wise: bool = False,
-) -> Array:
-    """Point on the arc between two models, or between two task vectors where there is a base.
-
-    As slerp with t = w_1 / (w_0 + w_1), but only what is truly parallel is taken as such.
-
-    When it helps: as slerp; with a base, where two task vectors at a large angle are to be blended
-    without shrinking.
-
-    Parameters:
-        weight: share of this model
-        nuslerp_flatten: one arc for the whole tensor; false: one for each row (a vector is one row)
-        nuslerp_row_wise: with nuslerp_flatten false, one arc for each column of the stored matrix instead
-    """
-    t = weight[1] / math.fsum(weight)
-
-    def coefficients(products: NDArray[np.float64]) -> list[float]:
-        cosine = min(1.0, max(-1.0, _cosine(products, 0, 1, without=1.0)))
-        return _on_arc(t, cosine, straight=math.sin(math.acos(cosine)) < COLLINEAR)
-
-    if stats is None:
-        return _by_rows(x, coefficients)
-    return weighted_sum(x, coefficients(stats))
+    return no_direction(weight=weight) if normalize_weights else None
 
 
 @method(
@@ -261,7 +222,7 @@ def multislerp(
     return weighted_sum(x, (directions * float(shares @ norms) / length).tolist())
 
 
-def _cosine(stats: NDArray[np.float64], i: int, j: int, *, without: float = 0.0) -> float:
+def cosine_between(stats: NDArray[np.float64], i: int, j: int, *, without: float = 0.0) -> float:
     """Of the angle between two models; `without`: where one of them is zero."""
     norms = math.sqrt(stats[i, i]) * math.sqrt(stats[j, j])
     return float(stats[i, j]) / norms if norms else without

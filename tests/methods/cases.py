@@ -85,6 +85,8 @@ CASES = [
     Case("nuslerp", 2, {"weight": [0.6, 0.2]}, based=True),
     Case("nuslerp", 2, {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}),
     Case("nuslerp", 2, {"weight": [0.6, 0.2]}, {"nuslerp_flatten": False}, based=True),
+    Case("nuslerp", 2, {"weight": [0.6, 0.2]},
+         {"nuslerp_flatten": False, "nuslerp_row_wise": True}, based=True),
     Case("multislerp", 3, {"weight": [0.6, 0.3, 0.2]}),
     Case("multislerp", 3, {"weight": [0.6, 0.3, 0.2]}, {"normalize_weights": False}, based=True),
 ]  # fmt: skip

@@ -184,7 +184,8 @@ def della_linear(
 def sce(
     x: list[Tensor], base: Tensor, name: str, *, select_topk: float, uniform_below: float
 ) -> Tensor:
-    """Section 3.3 of the FuseChat paper: select, calculate, erase; merged as its authors' code does."""
+    """Section 3.3 of the FuseChat paper: select, calculate, erase; then, as mergekit does, divided by
+    the weights of the models that are left."""
     deltas = np.stack([m.astype(np.float32) - base.astype(np.float32) for m in x]).astype(float)
     if select_topk < 1:
         variance = deltas.var(axis=0)
@@ -285,8 +286,11 @@ def nearswap(x: list[Tensor], base: Tensor, name: str, *, t: float) -> Tensor:
 
 def nuslerp(
     x: list[Tensor], base: Tensor | None, name: str, *, weight: list[float],
-    nuslerp_flatten: bool, **_: Any,
+    nuslerp_flatten: bool, nuslerp_row_wise: bool = False,
 ) -> Tensor:  # fmt: skip
+    if nuslerp_row_wise and not nuslerp_flatten:
+        turned = (None if base is None else base.T, name)
+        return nuslerp([m.T for m in x], *turned, weight=weight, nuslerp_flatten=False).T
     if not nuslerp_flatten:
         options: dict[str, Any] = {"weight": weight, "nuslerp_flatten": True}
         return by_rows(lambda *row: nuslerp(*row, name, **options), x, base)

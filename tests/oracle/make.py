@@ -100,6 +100,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "merge_method": "nuslerp", "dtype": "float32", "parameters": {"nuslerp_flatten": False},
         "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
     },
+    "nuslerp_by_columns": {
+        "merge_method": "nuslerp", "dtype": "float32",
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
+    },
     "nuslerp_on_base": {
         "merge_method": "nuslerp", "dtype": "float32", "base_model": "base",
         "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 0.6), ("b", 0.2))],
