@@ -47,6 +47,7 @@ SIDE_COUNTS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers"),
 }
+MOST_LAYERS = 100_000  # a config.json that claims more is none; lists of this length are made
 KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")  # their length is a count
 
 # How the names of one model begin: with its head, without, as a tower, as a tower of a model without head.
@@ -69,6 +70,7 @@ HEAD = re.compile(
     r"|^((transformer\.)?output(_layer)?|decoder)\.weight$"
 )
 HEAD_BIAS = re.compile(r"^(?P<head>.*(predictions|lm_head))\.decoder\.bias$")
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 # Computed as a model is loaded; older versions of transformers stored them nevertheless.
 RECOMPUTED = re.compile(
     r"(^|\.)(rotary\w*|rope)\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(attn|attention)\.masked_bias$"
@@ -87,8 +89,8 @@ class Module:
 def layer_of(name: str) -> tuple[str, int] | None:
     """The layer stack that a tensor belongs to and its number there: the first number in the name."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return (".".join(parts[:at]), int(parts[at])) if at else None
+    place = next((i for i, part in enumerate(parts) if NUMBER.fullmatch(part)), 0)
+    return (".".join(parts[:place]), int(parts[place])) if place else None
 
 
 def renamed(name: str, stack: str, number: int) -> str:
@@ -97,6 +99,15 @@ def renamed(name: str, stack: str, number: int) -> str:
     assert layer is not None, name
     rest = name.removeprefix(f"{layer[0]}.").partition(".")[2]
     return f"{stack}.{number}.{rest}" if rest else f"{stack}.{number}"
+
+
+def layer_tensors(names: Iterable[str], stack: str) -> dict[int, dict[str, str]]:
+    """The tensors of every layer of `stack`: layer -> name within the layer -> whole name."""
+    layers: dict[int, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        if (layer := layer_of(name)) and layer[0] == stack:
+            layers[layer[1]][name.removeprefix(f"{stack}.{layer[1]}").removeprefix(".")] = name
+    return dict(layers)
 
 
 def main_stack(names: Iterable[str], config: Section) -> str | None:
@@ -145,13 +156,14 @@ def matched(reference: Iterable[str], other: Iterable[str]) -> dict[str, str]:
     """
     reference, theirs = list(dict.fromkeys(reference)), set(other)
     pairs = {name: name for name in reference if name in theirs}
-    free = theirs - pairs.keys()
-    fits = {name: _swaps(name, free) for name in reference if name not in pairs}
-    wanted = [name for found in fits.values() for name in found]
-    alone = {name for name, count in Counter(wanted).items() if count == 1}
+    free, left = theirs - pairs.keys(), [name for name in reference if name not in pairs]
+    bases = {f"{name.split('.')[0]}." for name in (*left, *free) if layer_of(name)}
+    bases -= {f"{side}." for side in SIDES}
+    fits = {name: _swaps(name, bases, free) for name in left}
+    times = Counter(name for found in fits.values() for name in found)
     for name, found in fits.items():
-        if len(found) == 1 and found <= alone:
-            pairs[name] = next(iter(found))
+        if len(found) == 1 and times[fit := found.pop()] == 1:
+            pairs[name] = fit
     return pairs
 
 
@@ -186,7 +198,10 @@ def recomputed(name: str, shape: Sequence[int]) -> bool:
 def sections(config: Section, stack: str) -> Iterator[tuple[str, ...]]:
     """Paths in config.json of all tables that count the layers of `stack`; the one that holds is the last."""
     side = _side(stack)
-    inner = (*TEXT_SECTIONS, side, f"{side}_config") if side else TEXT_SECTIONS
+    inner: tuple[str, ...] = (*TEXT_SECTIONS, side, f"{side}_config") if side else TEXT_SECTIONS
+    tower = "vision_config" in config and TEXT.isdisjoint(stack.split("."))
+    if side == "encoder" and tower and config.get("is_encoder_decoder"):
+        inner = ("vision_config",)  # the encoder reads pictures, as in Pix2Struct
 
     def walk(path: tuple[str, ...], section: Section) -> Iterator[tuple[str, ...]]:
         if count_keys(section, stack):
@@ -230,7 +245,7 @@ def at(config: Section, path: Sequence[str]) -> Section:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_LAYERS
 
 
 def _part(name: str, towers: set[str]) -> str:
@@ -278,19 +293,28 @@ def _stack(names: Sequence[str], config: Section, part: str) -> str | None:
     def rank(stack: str) -> tuple[bool, bool, bool, int]:
         layers = len(set(numbers[stack]))
         wanted = layer_count(config, stack) if text else None
-        more = wanted is None or layers > wanted
-        return layers == wanted, more, stack.split(".")[-1] == "layers", len(numbers[stack])
+        further = wanted is not None and 0 < layers - wanted <= _further(config)
+        known = layers == wanted or wanted is None
+        return known, further, stack.split(".")[-1] == "layers", len(numbers[stack])
 
-    whole = [s for s, found in numbers.items() if set(found) == set(range(max(found) + 1))]
+    whole = [s for s, found in numbers.items() if len(set(found)) == max(found) + 1]
     best = max(whole, key=rank, default=None)
     return best if best is not None and any(rank(best)[:2]) else None
 
 
-def _swaps(name: str, other: set[str]) -> set[str]:
+def _further(config: Section) -> int:
+    """Layers after the last that predict further tokens; they are numbered on."""
+    tables = [config, *(config[key] for key in TEXT_SECTIONS if isinstance(config.get(key), dict))]
+    found = [table.get("num_nextn_predict_layers") for table in tables]
+    return max((value for value in found if isinstance(value, int)), default=0)
+
+
+def _swaps(name: str, bases: set[str], other: set[str]) -> set[str]:
     """Names in `other` that the same tensor may have: vision stays vision, text stays text."""
     rests = [name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)]
-    found = {prefix + rest for rest in rests for prefix in PREFIXES} & other
-    return {new for new in found if _part(new, set()) == _part(name, set())}
+    found = {prefix + rest for rest in rests for prefix in PREFIXES}
+    found |= {base + name for base in bases} | {name.removeprefix(base) for base in bases}
+    return {new for new in found & other if _part(new, set()) == _part(name, set())}
 
 
 def _precedence(embedding: str) -> tuple[bool, bool, int, str]:

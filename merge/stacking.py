@@ -1,108 +1,21 @@
 """Layers put together anew: config.json for them, and whether the architecture can express it.
 
-What config.json says layer by layer is an aspect: a list, numbers of layers, or a rule over positions.
-Each is read at the layers' origins and must read the same in the result; where it does not, it is
-written anew: as a list where the architecture takes one, else as another period or threshold if one fits.
+Everything that config.json says layer by layer (see kinds.py) is read at the layers' origins and must read
+the same in the result. Where it does not, it is written anew: as a list where the architecture takes
+one, else as another period or threshold if one fits.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any
 
-from merge.anatomy import (
-    TEXT_SECTIONS,
-    Section,
-    at,
-    count_keys,
-    layer_count,
-    layer_of,
-    renamed,
-    sections,
-)
+from merge.anatomy import Section, at, count_keys, layer_count, layer_tensors, sections
 from merge.errors import PlanError
+from merge.kinds import KNOWN, PER_LAYER, Aspect, Kinds, aspects, listed
 
 Origin = tuple[Section, int]  # config.json of a layer's model, and the layer's number there
-Kinds = list[Any]  # one value a layer
 
-
-@dataclass(frozen=True)
-class Aspect:
-    """Something that config.json says of every layer, or nothing (None). `write` may be unable (None)."""
-
-    key: str
-    read: Callable[[Section, int], Kinds | None]  # a table of config.json and its number of layers
-    write: Callable[
-        [Section, Kinds], dict[str, Any] | None
-    ]  # -> values to set, so that it reads so
-
-
-SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
-# model_type -> (key of the period, its default, the kind of the layers at the end of a period, of others):
-# what layer_types is where config.json has none, as it had before transformers wrote it out.
-PERIODS = {
-    "gemma2": ("", 2, FULL, SLIDING),
-    "vaultgemma": ("", 2, FULL, SLIDING),
-    "t5gemma": ("", 2, FULL, SLIDING),
-    "t5_gemma_module": ("", 2, FULL, SLIDING),
-    "gemma3_text": ("sliding_window_pattern", 6, FULL, SLIDING),
-    "cohere2": ("sliding_window_pattern", 4, FULL, SLIDING),
-    "exaone4": ("sliding_window_pattern", 4, FULL, SLIDING),
-    "gpt_oss": ("", 2, FULL, SLIDING),
-    "olmo3": ("", 4, FULL, SLIDING),
-    "afmoe": ("global_attn_every_n_layers", 4, FULL, SLIDING),
-    "qwen3_next": ("full_attention_interval", 4, FULL, LINEAR),
-    "qwen3_5_text": ("full_attention_interval", 4, FULL, LINEAR),
-    "qwen3_5_moe_text": ("full_attention_interval", 4, FULL, LINEAR),
-    "minimax": ("", 2, FULL, LINEAR),
-}
-# As above where the first layer of a period is the odd one.
-LEADING = {
-    "modernbert": ("global_attn_every_n_layers", 3, FULL, SLIDING),
-    "modernbert-decoder": ("global_attn_every_n_layers", 3, FULL, SLIDING),
-    "cwm": ("", 4, FULL, SLIDING),
-}
-# Full attention below max_window_layers, if use_sliding_window is set.
-WINDOWED = {"qwen2", "qwen3", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "dots1"}
-
-# Numbers of layers, and the number that the first layer has there.
-INDEXES = {
-    "attn_layer_indices": 0,
-    "cross_attention_layers": 0,
-    "full_attn_idxs": 0,
-    "rope_scaling_layers": 0,
-    "local_layer_ids": 0,
-    "linear_attn_config.kda_layers": 1,
-    "linear_attn_config.full_attn_layers": 1,
-    "moe_layers_enum": 0,
-}
-# Lists that tell nothing of layers, even if there are as many entries.
-NOT_LAYERS = {
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "mrope_section",
-    "attention_types",
-    "block_types",
-    "mlp_only_layers",
-    "kv_source_layers",
-    "encoder_hash_byte_group_size",
-    "time_step_limit",
-    "mamba_dt_limit",
-}
-PER_LAYER = {  # lists known to have an entry a layer
-    *("mlp_layer_types", "layers_block_type", "layer_block_types", "attn_layers"),
-    *("attention_layers", "attention_window", "layer_rope_theta", "indexer_types"),
-    *("activation_sparsity_pattern", "intermediate_size", "num_key_value_heads", "block_configs"),
-    *("hybrid_override_pattern", "hybrid_layer_pattern", "moe_layer_freq", "attn_type_list"),
-    *("num_attention_heads_per_layer", "num_attention_heads", "num_query_heads", "num_kv_heads"),
-    *("ffn_multipliers", "sliding_windows", "moe_topk", "num_shared_expert", "sliding_window"),
-    *("moe_intermediate_size", "num_experts", "swa_layers", "dense_layers"),
-}
 # Keys that tie layers to each other or to their numbers; model types that do so without a key.
 BOUND = {
     "num_kv_shared_layers": "its last layers use keys and values of earlier ones",
@@ -117,13 +30,64 @@ BOUND_TYPES = {
     "zamba": "its layers share one attention block",
     "zamba2": "its layers share attention blocks",
     "switch_transformers": "its experts lie at every n-th layer, n by the number of layers",
+    "led": "its attention_window counts the layers of one half",
+    "nllb-moe": "its experts lie at every n-th layer of both halves",
     "idefics": "its cross-attention lies between every n-th layer",
     "phi3small": "its dense attention lies at every n-th layer",
     "inkling2": "its layers are grouped",
 }
 
 
-POSITIONAL: set[str] = set()
+# model_types whose layers differ by their number unless config.json has one of the keys.
+NEEDED = (
+    (
+        ("layer_types",),
+        {
+            "beam",
+            "deepseek_v4",
+            "flint",
+            "gemma3n_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+            "lfm3",
+        }
+        | {"glm5_next_text", "muse_glimmer_text", "muse_spark_text", "neomme", "cohere2_moe"}
+        | {"bailing_hybrid", "qwen4_exp_text", "diffusion_gemma_text", "t5gemma2_text"}
+        | {"dots3_note_text", "t5gemma2_decoder"},
+    ),
+    (("layer_types", "hybrid_layer_pattern"), {"mimo_v2_flash"}),
+    (("layer_types", "linear_attn_config"), {"kimi_linear"}),
+    (("layer_types", "local_layer_ids"), {"inkling_text"}),
+    (("no_rope_layers", "no_rope_layer_interval"), {"llama4_text", "smollm3"}),
+    (("cross_attention_layers",), {"mllama_text_model"}),
+    (("block_types",), {"recurrent_gemma"}),
+    (("attention_types",), {"gpt_neo"}),
+    (("attn_layer_period",), {"jamba"}),
+    (("expert_layer_period",), {"jamba"}),
+    (("num_dense_layers",), {"afmoe", "lfm2_moe"}),
+    (("moe_layer_start_index",), {"ernie4_5_moe"}),
+    (
+        ("first_k_dense_replace",),
+        {"deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe_text", "dots1"},
+    ),
+    (("indexer_types",), {"hy_v4", "glm_moe_dsa", "glm5_next_text"}),
+    (
+        ("mlp_layer_types", "first_k_dense_replace"),
+        {
+            "axk1",
+            "deepseek_v32",
+            "axk2",
+            "beam",
+            "deepseek_v4",
+            "glm4_moe_lite",
+            "ernie4_5_vl_moe_text",
+            "hy_v3",
+            "hy_v4",
+            "laguna",
+        }
+        | {"kimi_linear", "step3p5", "unlimited_ocr_text", "glm5_next_text"},
+    ),
+)
 
 
 def stacked_config(
@@ -139,7 +103,8 @@ def stacked_config(
     if not paths:
         raise PlanError(f"config.json: no known key has the number of layers of {stack}")
     for of, number in origins:
-        if not 0 <= number < (layers := layer_count(of, stack) or 0):
+        layers = layer_count(of, stack) or 0
+        if not 0 <= number < layers:
             raise PlanError(f"layer {number} of {stack}: the model has layers 0 to {layers - 1}")
     notes: list[str] = []
     for path in paths:
@@ -157,7 +122,7 @@ def layer_kinds(config: Section, stack: str) -> list[dict[str, Any]]:
         return []
     table = at(config, paths[-1])
     layers = _count(table, stack)
-    said = {aspect.key: aspect.read(table, layers) for aspect in _aspects([(table, layers)])}
+    said = {aspect.key: aspect.read(table, layers) for aspect in aspects([(table, layers)])}
     return [{key: kinds[i] for key, kinds in said.items() if kinds} for i in range(layers)]
 
 
@@ -187,6 +152,29 @@ def check_places(
             )
 
 
+def check_layers(
+    config: Section, stack: str, layers: Sequence[tuple[str, Mapping[str, Any]]]
+) -> None:
+    """Raises PlanError where a stacked layer differs from the others of its kind by the new config.json.
+
+    layers: for every layer the model that it comes from, and shapes by names within the layer. The first
+    and the last layer may have other tensors (see check_places), but not of other shapes.
+    """
+    inner = range(1, len(layers) - 1)
+    kinds = [repr(kind) for kind in layer_kinds(config, stack)]
+    usual: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for place in (*inner, 0, len(layers) - 1):
+        label, shapes = layers[place]
+        first, like = usual.setdefault(kinds[place], layers[place])
+        compared = shapes.keys() | like.keys() if place in inner else shapes.keys() & like.keys()
+        if wrong := sorted(name for name in compared if shapes.get(name) != like.get(name)):
+            found, other = shapes.get(wrong[0]), like.get(wrong[0])
+            raise PlanError(
+                f"{label}: tensor {wrong[0]!r} of what becomes layer {place} has shape {found}, but "
+                f"{other} in a layer of {first} that config.json says is alike; stack models of one shape"
+            )
+
+
 def _restacked(
     table: Section, stack: str, sources: Sequence[tuple[Section, int]]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -197,11 +185,12 @@ def _restacked(
     ):
         return result, []
     counts = [(source, _count(source, stack)) for source, _ in sources]
-    for source in [table, *(source for source, _ in sources)]:
+    for source, count in [(table, before), *counts]:
         _check_unbound(source)
+        _check_lengths(source, count)
     result |= {key: layers for key in count_keys(table, stack) if isinstance(table[key], int)}
     notes = []
-    for aspect in _aspects([(table, before), *counts]):
+    for aspect in aspects([(table, before), *counts]):
         said = [aspect.read(source, count) for source, count in counts]
         if all(kinds is None for kinds in said):
             continue
@@ -220,44 +209,49 @@ def _restacked(
 
 
 def _check_reads(aspect: Aspect, table: Section, wanted: Kinds) -> None:
-    got = aspect.read(table, len(wanted)) or []
-    wrong = [
-        place
-        for place, kinds in enumerate(zip(got, wanted, strict=False))
-        if len({*map(repr, kinds)}) > 1
-    ]
-    if wrong:
-        raise PlanError(
-            f"config.json: by {aspect.key}, layer {wrong[0]} would be {got[wrong[0]]!r}, but it was "
-            f"{wanted[wrong[0]]!r} at its origin; choose layers so that those at such places are alike"
-        )
-    assert got == wanted, aspect.key
+    got = aspect.read(table, len(wanted)) or [None] * len(wanted)
+    for place, (would, was) in enumerate(zip(got, wanted, strict=True)):
+        if would != was:
+            raise PlanError(
+                f"config.json: by {aspect.key}, layer {place} would be {would!r}, but it was {was!r} at "
+                f"its origin; choose layers so that those at such places are alike"
+            )
 
 
 def _check_unbound(table: Section) -> None:
-    reasons = {f"{key} is set": why for key, why in BOUND.items() if table.get(key)}
     kind = table.get("model_type")
-    if kind in BOUND_TYPES:
-        reasons[f"model_type is {kind}"] = BOUND_TYPES[kind]
-    if kind in POSITIONAL and not table.get("layer_types"):
-        reasons[f"model_type is {kind} without layer_types"] = "its layers differ by their number"
-    for what, why in reasons.items():
-        raise PlanError(f"config.json: {what}: {why}, so that they cannot be put together anew")
+    reasons = [(f"{key} is set", why) for key, why in BOUND.items() if table.get(key)]
+    reasons += [(f"model_type is {kind}", BOUND_TYPES[kind])] if kind in BOUND_TYPES else []
+    for keys, kinds in NEEDED:
+        if kind in kinds and not any(table.get(key) is not None for key in keys):
+            reasons.append((f"has no {keys[0]}", "what a layer is then depends on its number"))
+    for what, why in reasons:
+        raise PlanError(
+            f"config.json: {what}: {why}; the layers of such a model must stay in place"
+        )
+
+
+def _check_lengths(table: Section, layers: int) -> None:
+    for key in PER_LAYER:
+        value = table.get(key)
+        if isinstance(value, list) and value and listed(key, 0).read(table, layers) is None:
+            raise PlanError(
+                f"config.json: {key} has {len(value)} entries, but there are {layers} layers; an entry "
+                f"a layer is needed to put layers together anew"
+            )
 
 
 def _odd_layers(names: Iterable[str], config: Section, stack: str) -> dict[int, str]:
     """Layers with other tensors than most of their kind -> a tensor that tells them apart."""
-    tensors: dict[int, set[str]] = defaultdict(set)
-    for name in names:
-        if (layer := layer_of(name)) and layer[0] == stack:
-            tensors[layer[1]].add(renamed(name, stack, 0).removeprefix(f"{stack}.0."))
+    tensors = {number: set(layer) for number, layer in layer_tensors(names, stack).items()}
     alike: dict[str, list[set[str]]] = defaultdict(list)
     kinds = [repr(kind) for kind in layer_kinds(config, stack)]
     for number, kind in reversed(list(enumerate(kinds))):  # the usual is what later layers have
-        alike[kind].append(tensors[number])
+        alike[kind].append(tensors.get(number, set()))
     usual = {kind: max(found, key=found.count) for kind, found in alike.items()}
     differences = {
-        number: sorted(tensors[number] ^ usual[kind]) for number, kind in enumerate(kinds)
+        number: sorted(tensors.get(number, set()) ^ usual[kind])
+        for number, kind in enumerate(kinds)
     }
     return {number: found[0] for number, found in differences.items() if found}
 
@@ -282,241 +276,3 @@ def _put(config: dict[str, Any], path: Sequence[str], table: dict[str, Any]) -> 
 def _count(table: Section, stack: str) -> int:
     value = table[count_keys(table, stack)[0]]
     return value if isinstance(value, int) else len(value)
-
-
-def _aspects(tables: Sequence[tuple[Section, int]]) -> Iterator[Aspect]:
-    """Rules, and lists that have an entry a layer in the first table, or are known to have."""
-    yield from RULES
-    yield from (_indexed(key, first) for key, first in INDEXES.items())
-    first, layers = tables[0]
-    for key in dict.fromkeys(key for table, _ in tables for key in table):
-        value = first.get(key)
-        like = isinstance(value, list) and len(value) == layers and layers > 1
-        if key in PER_LAYER or (like and key not in NOT_LAYERS and key not in RULED):
-            yield _listed(key, layers)
-
-
-def _listed(key: str, before: int) -> Aspect:
-    """A list with an entry a layer; more entries are of layers that predict further tokens."""
-
-    def read(table: Section, layers: int) -> Kinds | None:
-        value = table.get(key)
-        if not isinstance(value, list | str) or not value:
-            return None
-        further = table.get("num_nextn_predict_layers") or 0
-        return list(value[:layers]) if len(value) in (layers, layers + further) else None
-
-    def write(table: Section, kinds: Kinds) -> dict[str, Any]:
-        value = table.get(key)
-        if isinstance(value, str):
-            return {key: "".join(kinds)}
-        return {key: kinds + (value[before:] if isinstance(value, list) else [])}
-
-    return Aspect(key, read, write)
-
-
-def _indexed(key: str, first: int) -> Aspect:
-    """A list of layers of which something holds, maybe as text (3,4,5) or in a table of its own."""
-    outer, _, inner = key.rpartition(".")
-
-    def read(table: Section, layers: int) -> Kinds | None:
-        value = (table.get(outer) or {} if outer else table).get(inner)
-        if isinstance(value, str):
-            value = [int(number) for number in value.split(",") if number.strip().isdecimal()]
-        return [i + first in value for i in range(layers)] if isinstance(value, list) else None
-
-    def write(table: Section, kinds: Kinds) -> dict[str, Any]:
-        numbers = [i + first for i, holds in enumerate(kinds) if holds]
-        if outer:
-            return {outer: {**table[outer], inner: numbers}}
-        as_text = isinstance(table.get(inner), str)
-        return {inner: ",".join(map(str, numbers)) if as_text else numbers}
-
-    return Aspect(key, read, write)
-
-
-def _never(table: Section, kinds: Kinds) -> None:
-    """For what no key can say of single layers."""
-
-
-def _read_layer_types(table: Section, layers: int) -> Kinds | None:
-    kind, said = table.get("model_type"), table.get("layer_types")
-    if isinstance(said, list):
-        return _listed("layer_types", 0).read(table, layers)
-    if kind in WINDOWED:
-        full = table.get("max_window_layers", layers) if table.get("use_sliding_window") else layers
-        return [SLIDING if i >= full else FULL for i in range(layers)]
-    if kind not in PERIODS and kind not in LEADING:
-        return None
-    key, default, marked, others = {**PERIODS, **LEADING}[kind]
-    period, at_end = table.get(key) or default, kind in PERIODS
-    return [others if (i + at_end) % period else marked for i in range(layers)]
-
-
-def _write_layer_types(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-    takes = "layer_types" in table or table.get("model_type") in {*WINDOWED, *PERIODS, *LEADING}
-    return {"layer_types": kinds} if takes else None
-
-
-def _every(key: str) -> Aspect:
-    """A period that is all that config.json says, for an architecture that is not known."""
-
-    def read(table: Section, layers: int) -> Kinds | None:
-        period, kind = table.get(key), table.get("model_type")
-        known = isinstance(table.get("layer_types"), list) or kind in {*PERIODS, *LEADING}
-        if known or not isinstance(period, int) or period < 1:
-            return None
-        return [(i + 1) % period == 0 for i in range(layers)]
-
-    return Aspect(key, read, _never)
-
-
-def _read_window(table: Section, layers: int) -> Kinds | None:
-    start, known = table.get("max_window_layers"), isinstance(table.get("layer_types"), list)
-    if known or not isinstance(start, int) or not table.get("use_sliding_window"):
-        return None
-    return None if table.get("model_type") in WINDOWED else [i >= start for i in range(layers)]
-
-
-def _from(key: str) -> Aspect:
-    """Experts from a layer on, every moe_layer_freq-th where that is a number."""
-
-    def read(table: Section, layers: int) -> Kinds | None:
-        start, step = table.get(key), table.get("moe_layer_freq", 1)
-        if not isinstance(start, int) or isinstance(table.get("mlp_layer_types"), list):
-            return None
-        step = step if isinstance(step, int) and step > 0 else 1
-        return [i >= start and i % step == 0 for i in range(layers)]
-
-    def write(table: Section, kinds: Kinds) -> dict[str, Any]:
-        return {key: kinds.index(True) if True in kinds else len(kinds)}
-
-    return Aspect(key, read, write)
-
-
-def _periodic(name: str) -> Aspect:
-    """Jamba's layers: every {name}_period-th from {name}_offset on; written as what period fits."""
-    keys = f"{name}_period", f"{name}_offset"
-
-    def read(table: Section, layers: int) -> Kinds | None:
-        period, offset = (table.get(key) for key in keys)
-        if not isinstance(period, int) or not isinstance(offset, int) or period < 1:
-            return None
-        return [i % period == offset for i in range(layers)]
-
-    def write(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-        places = range(len(kinds))
-        for period in range(1, len(kinds) + 2):
-            for offset in range(period):
-                if [i % period == offset for i in places] == kinds:
-                    return dict(zip(keys, (period, offset), strict=True))
-        return None
-
-    return Aspect(keys[0], read, write)
-
-
-def _read_sparse(table: Section, layers: int) -> Kinds | None:
-    step, dense = table.get("decoder_sparse_step"), table.get("mlp_only_layers")
-    if step is None and dense is None:
-        return None
-    return [i not in (dense or ()) and (i + 1) % (step or 1) == 0 for i in range(layers)]
-
-
-def _write_sparse(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-    if "mlp_only_layers" not in table:
-        return None
-    return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, s in enumerate(kinds) if not s]}
-
-
-def _read_ernie(table: Section, layers: int) -> Kinds | None:
-    start, end, step = (
-        table.get(f"moe_layer_{k}") for k in ("start_index", "end_index", "interval")
-    )
-    if not isinstance(start, int) or not isinstance(step, int):
-        return None
-    last = end if isinstance(end, int) and end >= 0 else layers - 1
-    return [start <= i <= last and (i + 1) % step == 0 for i in range(layers)]
-
-
-def _write_ernie(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-    if True not in kinds:
-        return None
-    places = [i for i, sparse in enumerate(kinds) if sparse]
-    return {"moe_layer_start_index": places[0], "moe_layer_end_index": places[-1]}
-
-
-def _read_moe_layers(table: Section, layers: int) -> Kinds | None:
-    said, step = table.get("moe_layers"), table.get("interleave_moe_layer_step")
-    if isinstance(said, list):
-        return [i in said for i in range(layers)]
-    return [(i + 1) % step == 0 for i in range(layers)] if step else None
-
-
-def _write_moe_layers(table: Section, kinds: Kinds) -> dict[str, Any]:
-    return {"moe_layers": [i for i, sparse in enumerate(kinds) if sparse]}
-
-
-def _read_no_rope(table: Section, layers: int) -> Kinds | None:
-    said, interval = table.get("no_rope_layers"), table.get("no_rope_layer_interval")
-    if said:
-        return list(said) if len(said) == layers else None
-    return [int((i + 1) % interval != 0) for i in range(layers)] if interval else None
-
-
-def _write_no_rope(table: Section, kinds: Kinds) -> dict[str, Any]:
-    return {"no_rope_layers": kinds}
-
-
-def _read_block_types(table: Section, layers: int) -> Kinds | None:
-    said = table.get("block_types")
-    return [said[i % len(said)] for i in range(layers)] if isinstance(said, list) and said else None
-
-
-def _write_block_types(table: Section, kinds: Kinds) -> dict[str, Any]:
-    return {"block_types": kinds}
-
-
-def _read_attention_types(table: Section, layers: int) -> Kinds | None:
-    said = table.get("attention_types")
-    if not isinstance(said, list):
-        return None
-    kinds = [kind for group, times in said for _ in range(times) for kind in group]
-    return kinds if len(kinds) == layers else None
-
-
-def _write_attention_types(table: Section, kinds: Kinds) -> dict[str, Any]:
-    return {"attention_types": [[kinds, 1]]}
-
-
-def _read_overrides(table: Section, layers: int) -> Kinds | None:
-    said = table.get("per_layer_config")
-    if not isinstance(said, dict):
-        return None
-    numbered = {int(number): value for number, value in said.items()}
-    return [numbered.get(i) for i in range(layers)]
-
-
-def _write_overrides(table: Section, kinds: Kinds) -> dict[str, Any]:
-    digits = len(str(len(kinds) - 1))  # as transformers writes them, so that they sort
-    said = {str(i).zfill(digits): value for i, value in enumerate(kinds) if value is not None}
-    return {"per_layer_config": said}
-
-
-RULES = (
-    Aspect("layer_types", _read_layer_types, _write_layer_types),
-    Aspect("max_window_layers", _read_window, _never),
-    *map(
-        _every, ("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval")
-    ),
-    *map(_from, ("first_k_dense_replace", "num_dense_layers")),
-    *map(_periodic, ("attn_layer", "expert_layer")),
-    Aspect("mlp_only_layers", _read_sparse, _write_sparse),
-    Aspect("moe_layer_start_index", _read_ernie, _write_ernie),
-    Aspect("moe_layers", _read_moe_layers, _write_moe_layers),
-    Aspect("no_rope_layers", _read_no_rope, _write_no_rope),
-    Aspect("block_types", _read_block_types, _write_block_types),
-    Aspect("attention_types", _read_attention_types, _write_attention_types),
-    Aspect("per_layer_config", _read_overrides, _write_overrides),
-)
-RULED = {*INDEXES, *(rule.key for rule in RULES)}
-KNOWN = {*PER_LAYER, *RULED}
