@@ -10,9 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Section = Mapping[
-    str, Any
-]  # a config.json, or the part of one that describes one of several models
+# A config.json, or the table in it that describes one of several models.
+Section = Mapping[str, Any]
 
 # Parts of composite models: module -> words, of which one is in the path of each of its tensors. The first
 # module that fits holds. The names of modules are mergekit's, which has Llama 4's tower as vision_model
@@ -129,12 +128,12 @@ def modules(names: Iterable[str], config: Section) -> dict[str, Module]:
     `text_decoder` and the likes of `vision_tower` and `multi_modal_projector`.
     """
     names = list(names)
-    towers = {word for name in names for word in name.split(".") if word in TEXT}
+    towers = {word for name in names for word in _words(name) if word in TEXT}
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         found[_part(name, towers)].append(name)
     text = found.pop("text_decoder", [])
-    if sides := _sides(text, config):
+    if sides := _sides(text):
         found.update(sides)
     elif text:
         found["text_decoder" if found else "default"] = text
@@ -195,8 +194,11 @@ def recomputed(name: str, shape: Sequence[int]) -> bool:
     return bool(RECOMPUTED.search(name) or (len(shape) == 4 and CAUSAL_MASK.search(name)))
 
 
-def sections(config: Section, stack: str) -> Iterator[tuple[str, ...]]:
-    """Paths in config.json of all tables that count the layers of `stack`; the one that holds is the last."""
+def sections(config: Section, stack: str) -> list[tuple[str, ...]]:
+    """Paths in config.json of all tables that count the layers of `stack`; the last one is its own.
+
+    Settings of a text model may be repeated at the top.
+    """
     side = _side(stack)
     inner: tuple[str, ...] = (*TEXT_SECTIONS, side, f"{side}_config") if side else TEXT_SECTIONS
     tower = "vision_config" in config and TEXT.isdisjoint(stack.split("."))
@@ -210,7 +212,9 @@ def sections(config: Section, stack: str) -> Iterator[tuple[str, ...]]:
             if isinstance(section.get(key), dict):
                 yield from walk((*path, key), section[key])
 
-    return walk((), config)
+    paths = list(walk((), config))
+    counts = [counted(at(config, path), stack) for path in paths]
+    return [path for path, count in zip(paths, counts, strict=True) if count == counts[-1]]
 
 
 def count_keys(section: Section, stack: str) -> list[str]:
@@ -227,14 +231,16 @@ def count_keys(section: Section, stack: str) -> list[str]:
     return own or [key for key in general if section[key] == section[general[0]]] or kinds[:1]
 
 
+def counted(section: Section, stack: str) -> int:
+    """The number of layers of `stack` by a table that has a key for it."""
+    value = section[count_keys(section, stack)[0]]
+    return value if isinstance(value, int) else len(value)
+
+
 def layer_count(config: Section, stack: str) -> int | None:
-    """The number of layers of `stack` by config.json; None where it has no key for it that is known."""
-    paths = list(sections(config, stack))
-    if not paths:
-        return None
-    section = at(config, paths[-1])
-    counted = section[count_keys(section, stack)[0]]
-    return counted if isinstance(counted, int) else len(counted)
+    """The number of layers of `stack` by config.json; None where no key is known to hold it."""
+    paths = sections(config, stack)
+    return counted(at(config, paths[-1]), stack) if paths else None
 
 
 def at(config: Section, path: Sequence[str]) -> Section:
@@ -271,12 +277,14 @@ def _side(name: str) -> str:
     return next((SIDES[word] for word in name.split(".") if word in SIDES), "")
 
 
-def _sides(text: Sequence[str], config: Section) -> dict[str, list[str]]:
-    """encoder, decoder and shared, where the text model has both halves; heads are the decoder's."""
+def _sides(text: Sequence[str]) -> dict[str, list[str]]:
+    """encoder, decoder and shared, where the text model has both; heads are the decoder's unless its
+    embedding is shared too."""
+    shared = any(name.endswith("shared.weight") for name in text)
     halves: dict[str, list[str]] = defaultdict(list)
     for name in text:
         head = HEAD.search(name) or name.endswith("final_logits_bias")
-        halves[_side(name) or ("decoder" if head else "shared")].append(name)
+        halves[_side(name) or ("decoder" if head and not shared else "shared")].append(name)
     layered = {_side(name) for name in text if layer_of(name)}
     return dict(halves) if {"encoder", "decoder"} <= layered else {}
 

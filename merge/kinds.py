@@ -4,7 +4,7 @@ An aspect reads what one key (or a few) says of each layer and can write it for 
 architecture takes it. Which architecture reads what is data; the periods are those of transformers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ PERIODS = {
     "kolibri1": ("", 5, FULL, SLIDING),
     "ultrabert": ("", 3, FULL, SLIDING),
 }
-# As above where the first layer of a period is the odd one.
+# As above, but the first layer of a period is of the first kind.
 LEADING = {
     "modernbert": ("global_attn_every_n_layers", 3, FULL, SLIDING),
     "modernbert-decoder": ("global_attn_every_n_layers", 3, FULL, SLIDING),
@@ -127,7 +127,8 @@ def indexed(key: str, first: int) -> Aspect:
     outer, _, inner = key.rpartition(".")
 
     def read(table: Section, layers: int) -> Kinds | None:
-        value = (table.get(outer) or {} if outer else table).get(inner)
+        holder = table.get(outer) if outer else table
+        value = holder.get(inner) if isinstance(holder, Mapping) else None
         if isinstance(value, str):
             value = [int(number) for number in value.split(",") if number.strip().isdecimal()]
         return [i + first in value for i in range(layers)] if isinstance(value, list) else None
@@ -140,6 +141,12 @@ def indexed(key: str, first: int) -> Aspect:
         return {inner: ",".join(map(str, numbers)) if as_text else numbers}
 
     return Aspect(key, read, write)
+
+
+def model_type(table: Section) -> str:
+    """What config.json calls the architecture; empty where it does not."""
+    kind = table.get("model_type")
+    return kind if isinstance(kind, str) else ""
 
 
 def _number(table: Section, key: str) -> int | None:
@@ -162,14 +169,14 @@ def _layer_types(before: int) -> Aspect:
         return _implied_layer_types(table, layers)
 
     def write(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-        takes = "layer_types" in table or table.get("model_type") in {*WINDOWED, *PERIODS, *LEADING}
+        takes = "layer_types" in table or model_type(table) in {*WINDOWED, *PERIODS, *LEADING}
         return said.write(table, kinds) if takes else None
 
     return Aspect("layer_types", read, write)
 
 
 def _implied_layer_types(table: Section, layers: int) -> Kinds | None:
-    kind = table.get("model_type")
+    kind = model_type(table)
     if kind in WINDOWED:
         start = _number(table, "max_window_layers") if table.get("use_sliding_window") else None
         return [FULL if start is None or i < start else SLIDING for i in range(layers)]
@@ -187,20 +194,17 @@ def _every(key: str) -> Aspect:
     """A period that is all that config.json says, for an architecture that is not known."""
 
     def read(table: Section, layers: int) -> Kinds | None:
-        known = table.get("model_type") in {*PERIODS, *LEADING}
-        if (
-            known
-            or isinstance(table.get("layer_types"), list)
-            or not (period := _number(table, key))
-        ):
-            return None
-        return [(i + 1) % period == 0 for i in range(layers)]
+        known = model_type(table) in {*PERIODS, *LEADING} or isinstance(
+            table.get("layer_types"), list
+        )
+        period = None if known else _number(table, key)
+        return [(i + 1) % period == 0 for i in range(layers)] if period else None
 
     return Aspect(key, read, _never)
 
 
 def _read_window(table: Section, layers: int) -> Kinds | None:
-    known = table.get("model_type") in WINDOWED or isinstance(table.get("layer_types"), list)
+    known = model_type(table) in WINDOWED or isinstance(table.get("layer_types"), list)
     start = _number(table, "max_window_layers")
     if known or start is None or not table.get("use_sliding_window"):
         return None
@@ -233,10 +237,9 @@ def _periodic(name: str) -> Aspect:
         return [i % period == offset for i in range(layers)]
 
     def write(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-        places = range(len(kinds))
         for period in range(1, len(kinds) + 2):
             for offset in range(period):
-                if [i % period == offset for i in places] == kinds:
+                if all((i % period == offset) == kind for i, kind in enumerate(kinds)):
                     return dict(zip(keys, (period, offset), strict=True))
         return None
 
@@ -251,7 +254,7 @@ def _read_sparse(table: Section, layers: int) -> Kinds | None:
 
 
 def _write_sparse(table: Section, kinds: Kinds) -> dict[str, Any] | None:
-    if "mlp_only_layers" not in table and table.get("model_type") not in SPARSE_STEP:
+    if "mlp_only_layers" not in table and model_type(table) not in SPARSE_STEP:
         return None
     return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i, s in enumerate(kinds) if not s]}
 
@@ -305,9 +308,10 @@ def _write_block_types(table: Section, kinds: Kinds) -> dict[str, Any]:
 
 def _read_attention_types(table: Section, layers: int) -> Kinds | None:
     said = table.get("attention_types")
-    if not isinstance(said, list):
+    try:
+        kinds = [kind for group, times in said or () for kind in list(group) * min(times, layers)]
+    except (TypeError, ValueError):
         return None
-    kinds = [kind for group, times in said for kind in group * min(times, layers)]
     return kinds if len(kinds) == layers else None
 
 
@@ -317,7 +321,7 @@ def _write_attention_types(table: Section, kinds: Kinds) -> dict[str, Any]:
 
 def _read_overrides(table: Section, layers: int) -> Kinds | None:
     said = table.get("per_layer_config")
-    if not isinstance(said, dict):
+    if not isinstance(said, dict) or not all(number.isdecimal() for number in said):
         return None
     numbered = {int(number): value for number, value in said.items()}
     return [numbered.get(i) for i in range(layers)]
@@ -331,9 +335,9 @@ def _write_overrides(table: Section, kinds: Kinds) -> dict[str, Any]:
 
 RULES = (
     Aspect("max_window_layers", _read_window, _never),
-    *map(
-        _every, ("sliding_window_pattern", "global_attn_every_n_layers", "full_attention_interval")
-    ),
+    _every("sliding_window_pattern"),
+    _every("global_attn_every_n_layers"),
+    _every("full_attention_interval"),
     *map(_from, ("first_k_dense_replace", "num_dense_layers")),
     *map(_periodic, ("attn_layer", "expert_layer")),
     Aspect("decoder_sparse_step", _read_sparse, _write_sparse),

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from merge.anatomy import Section, at, count_keys, layer_count, layer_tensors, sections
+from merge.anatomy import Section, at, count_keys, counted, layer_count, layer_tensors, sections
 from merge.errors import PlanError
-from merge.kinds import KNOWN, PER_LAYER, Aspect, Kinds, aspects, listed
+from merge.kinds import KNOWN, PER_LAYER, Aspect, Kinds, aspects, listed, model_type
 
 Origin = tuple[Section, int]  # config.json of a layer's model, and the layer's number there
 
@@ -38,56 +38,32 @@ BOUND_TYPES = {
 }
 
 
-# model_types whose layers differ by their number unless config.json has one of the keys.
-NEEDED = (
-    (
-        ("layer_types",),
-        {
-            "beam",
-            "deepseek_v4",
-            "flint",
-            "gemma3n_text",
-            "gemma4_text",
-            "gemma4_unified_text",
-            "lfm3",
-        }
-        | {"glm5_next_text", "muse_glimmer_text", "muse_spark_text", "neomme", "cohere2_moe"}
-        | {"bailing_hybrid", "qwen4_exp_text", "diffusion_gemma_text", "t5gemma2_text"}
-        | {"dots3_note_text", "t5gemma2_decoder"},
-    ),
-    (("layer_types", "hybrid_layer_pattern"), {"mimo_v2_flash"}),
-    (("layer_types", "linear_attn_config"), {"kimi_linear"}),
-    (("layer_types", "local_layer_ids"), {"inkling_text"}),
-    (("no_rope_layers", "no_rope_layer_interval"), {"llama4_text", "smollm3"}),
-    (("cross_attention_layers",), {"mllama_text_model"}),
-    (("block_types",), {"recurrent_gemma"}),
-    (("attention_types",), {"gpt_neo"}),
-    (("attn_layer_period",), {"jamba"}),
-    (("expert_layer_period",), {"jamba"}),
-    (("num_dense_layers",), {"afmoe", "lfm2_moe"}),
-    (("moe_layer_start_index",), {"ernie4_5_moe"}),
-    (
-        ("first_k_dense_replace",),
-        {"deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe_text", "dots1"},
-    ),
-    (("indexer_types",), {"hy_v4", "glm_moe_dsa", "glm5_next_text"}),
-    (
-        ("mlp_layer_types", "first_k_dense_replace"),
-        {
-            "axk1",
-            "deepseek_v32",
-            "axk2",
-            "beam",
-            "deepseek_v4",
-            "glm4_moe_lite",
-            "ernie4_5_vl_moe_text",
-            "hy_v3",
-            "hy_v4",
-            "laguna",
-        }
-        | {"kimi_linear", "step3p5", "unlimited_ocr_text", "glm5_next_text"},
-    ),
-)
+# Keys -> model types whose layers differ by their number in ways that are not known here, unless config.json
+# has one of the keys.
+NEEDED = {
+    tuple(keys.split("|")): frozenset(kinds.split())
+    for keys, kinds in {
+        "layer_types": "bailing_hybrid beam cohere2_moe deepseek_v4 diffusion_gemma_text dots3_note_text "
+        "flint gemma3n_text gemma4_text gemma4_unified_text glm5_next_text lfm3 muse_glimmer_text "
+        "muse_spark_text neomme qwen4_exp_text t5gemma2_decoder t5gemma2_text",
+        "layer_types|hybrid_layer_pattern": "mimo_v2_flash",
+        "layer_types|linear_attn_config": "kimi_linear",
+        "layer_types|local_layer_ids": "inkling_text",
+        "mlp_layer_types|first_k_dense_replace": "axk1 axk2 beam deepseek_v32 deepseek_v4 "
+        "ernie4_5_vl_moe_text glm4_moe_lite glm5_next_text hy_v3 hy_v4 kimi_linear laguna step3p5 "
+        "unlimited_ocr_text",
+        "first_k_dense_replace": "deepseek_v2 deepseek_v3 dots1 glm4_moe glm4v_moe_text",
+        "num_dense_layers": "afmoe lfm2_moe",
+        "moe_layer_start_index": "ernie4_5_moe",
+        "indexer_types": "glm5_next_text glm_moe_dsa hy_v4",
+        "no_rope_layers|no_rope_layer_interval": "llama4_text smollm3",
+        "cross_attention_layers": "mllama_text_model",
+        "attn_layer_period": "jamba",
+        "expert_layer_period": "jamba",
+        "attention_types": "gpt_neo",
+        "block_types": "recurrent_gemma",
+    }.items()
+}
 
 
 def stacked_config(
@@ -99,7 +75,7 @@ def stacked_config(
     architecture cannot express such layers.
     """
     result: dict[str, Any] = deepcopy(dict(config))
-    paths = list(sections(config, stack))
+    paths = sections(config, stack)
     if not paths:
         raise PlanError(f"config.json: no known key has the number of layers of {stack}")
     for of, number in origins:
@@ -117,11 +93,11 @@ def stacked_config(
 
 def layer_kinds(config: Section, stack: str) -> list[dict[str, Any]]:
     """What config.json says of every layer of `stack`, by key; layers of one kind have equal dicts."""
-    paths = list(sections(config, stack))
+    paths = sections(config, stack)
     if not paths:
         return []
     table = at(config, paths[-1])
-    layers = _count(table, stack)
+    layers = counted(table, stack)
     said = {aspect.key: aspect.read(table, layers) for aspect in aspects([(table, layers)])}
     return [{key: kinds[i] for key, kinds in said.items() if kinds} for i in range(layers)]
 
@@ -179,12 +155,10 @@ def _restacked(
     table: Section, stack: str, sources: Sequence[tuple[Section, int]]
 ) -> tuple[dict[str, Any], list[str]]:
     """One table of config.json for layers that are layers of other tables, and notes."""
-    result, layers, before = deepcopy(dict(table)), len(sources), _count(table, stack)
-    if [number for _, number in sources] == list(range(before)) and all(
-        s == table for s, _ in sources
-    ):
+    result, layers, before = deepcopy(dict(table)), len(sources), counted(table, stack)
+    if list(sources) == [(table, number) for number in range(before)]:
         return result, []
-    counts = [(source, _count(source, stack)) for source, _ in sources]
+    counts = [(source, counted(source, stack)) for source, _ in sources]
     for source, count in [(table, before), *counts]:
         _check_unbound(source)
         _check_lengths(source, count)
@@ -219,10 +193,10 @@ def _check_reads(aspect: Aspect, table: Section, wanted: Kinds) -> None:
 
 
 def _check_unbound(table: Section) -> None:
-    kind = table.get("model_type")
+    kind = model_type(table)
     reasons = [(f"{key} is set", why) for key, why in BOUND.items() if table.get(key)]
     reasons += [(f"model_type is {kind}", BOUND_TYPES[kind])] if kind in BOUND_TYPES else []
-    for keys, kinds in NEEDED:
+    for keys, kinds in NEEDED.items():
         if kind in kinds and not any(table.get(key) is not None for key in keys):
             reasons.append((f"has no {keys[0]}", "what a layer is then depends on its number"))
     for what, why in reasons:
@@ -258,7 +232,7 @@ def _odd_layers(names: Iterable[str], config: Section, stack: str) -> dict[int, 
 
 def _table(config: Section, stack: str, path: tuple[str, ...]) -> Section:
     """The table of another model that answers to the one at `path`."""
-    paths = list(sections(config, stack))
+    paths = sections(config, stack)
     return at(config, path if path in paths else paths[-1])
 
 
@@ -271,8 +245,3 @@ def _put(config: dict[str, Any], path: Sequence[str], table: dict[str, Any]) -> 
     for key in outer:
         config = config[key]
     config[last] = table
-
-
-def _count(table: Section, stack: str) -> int:
-    value = table[count_keys(table, stack)[0]]
-    return value if isinstance(value, int) else len(value)

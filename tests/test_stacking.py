@@ -1,6 +1,7 @@
 """Stacked layers: transformers builds from the new config.json what was stacked, or it is refused."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from architectures import (
     load_config,
     stacked_tensors,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from merge.anatomy import Module, layer_count, layer_tensors, main_stack, modules, sections
 from merge.anatomy import beside_stack as beside
 from merge.errors import PlanError
-from merge.stacking import check_layers, check_places, layer_kinds, stacked_config
+from merge.kinds import KNOWN
+from merge.stacking import BOUND, check_layers, check_places, layer_kinds, stacked_config
 
 EVERY = pytest.mark.parametrize("mapping", MAPPINGS)
 TWICE = [0, 1, 1, 2, 3]  # the second layer twice
@@ -78,7 +82,7 @@ def test_layers_stay_what_they_were_even_where_config_json_does_not_list_them(
                 new, _ = stacked_config(config, stack, [(config, i) for i in numbers])
             except PlanError:
                 continue
-            path = list(sections(config, stack))[-1]
+            path = sections(config, stack)[-1]
             were, are = (_lists(load_config(built.model_type, c), path) for c in (config, new))
             if are != {key: [kinds[i] for i in numbers] for key, kinds in were.items()}:
                 wrong.append((built.name, stack))
@@ -203,7 +207,7 @@ def test_what_depends_on_a_layers_number_is_written_anew(
         new, _ = stacked_config(config, module.stack, [(config, i) for i in numbers])
         after = build(name, model_type, new)
         assert after.tensors == stacked_tensors(before.tensors, module.stack, numbers)
-        path = list(sections(config, module.stack))[-1]
+        path = sections(config, module.stack)[-1]
         were, are = (_lists(load_config(model_type, c), path) for c in (config, new))
         assert are == {key: [kinds[i] for i in numbers] for key, kinds in were.items()}
 
@@ -286,6 +290,36 @@ def test_what_cannot_be_said_is_refused(config: Settings, numbers: list[int], to
 def test_what_one_model_says_and_another_does_not_is_refused() -> None:
     with pytest.raises(PlanError, match="layer_types is said of some"):
         stacked_config(L2, "model.layers", [(L2, 0), (L2 | {"layer_types": ["a", "b"]}, 1)])
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | st.text("a1,", max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("1a"), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@given(
+    config=st.dictionaries(
+        st.sampled_from(
+            [*sorted(KNOWN), *BOUND, "model_type", "linear_attn_config", "use_sliding_window"]
+        ),
+        JUNK,
+        max_size=5,
+    ),
+    kind=st.sampled_from(
+        ["", "qwen2", "gemma2", "exaone4", "modernbert", "llama4_text", "gpt_neo"]
+    ),
+    numbers=st.lists(st.integers(0, 3), min_size=1, max_size=5),
+)
+def test_whatever_stands_in_config_json_is_rebuilt_or_refused(
+    config: Settings, kind: str, numbers: list[int]
+) -> None:
+    config = {"model_type": kind} | config | {"num_hidden_layers": 3}
+    with suppress(PlanError):
+        new, _ = stacked_config(config, "model.layers", [(config, i) for i in numbers])
+        were, are = layer_kinds(config, "model.layers"), layer_kinds(new, "model.layers")
+        assert are == [were[i] for i in numbers]
 
 
 def test_the_given_config_is_left_alone() -> None:
