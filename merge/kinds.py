@@ -98,7 +98,8 @@ def aspects(tables: Sequence[tuple[Section, int]]) -> Iterator[Aspect]:
     yield from RULES
     yield from (indexed(key, first) for key, first in INDEXES.items())
     for key in dict.fromkeys(key for table, _ in tables for key in table):
-        like = any(isinstance(t.get(key), list) and len(t[key]) == n > 1 for t, n in tables)
+        lengths = [(len(t[key]), n) for t, n in tables if isinstance(t.get(key), list)]
+        like = any(length == n and (n > 1 or key in ONE_OR_EACH) for length, n in lengths)
         if key in PER_LAYER or (like and key not in NOT_LAYERS and key not in RULED):
             yield listed(key, layers)
 

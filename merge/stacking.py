@@ -166,7 +166,7 @@ def _restacked(
     notes = []
     for aspect in aspects([(table, before), *counts]):
         said = [aspect.read(source, count) for source, count in counts]
-        if all(kinds is None for kinds in said):
+        if all(kinds is None for kinds in said) and aspect.read(result, layers) is None:
             continue
         if None in said:
             raise PlanError(
@@ -206,7 +206,7 @@ def _check_unbound(table: Section) -> None:
 
 
 def _check_lengths(table: Section, layers: int) -> None:
-    for key in PER_LAYER:
+    for key in (*PER_LAYER, "layer_types", "no_rope_layers"):
         value = table.get(key)
         if isinstance(value, list) and value and listed(key, 0).read(table, layers) is None:
             raise PlanError(

@@ -25,12 +25,12 @@ from merge.stacking import BOUND, check_layers, check_places, layer_kinds, stack
 
 EVERY = pytest.mark.parametrize("mapping", MAPPINGS)
 TWICE = [0, 1, 1, 2, 3]  # the second layer twice
-BUILT_ANEW = {  # the least number of stacks that can be built anew, with transformers 5.23
-    "CAUSAL_LM": 145,
+BUILT_ANEW = {  # the least number of stacks that must be: a few below what transformers 5.23 gives
+    "CAUSAL_LM": 150,
     "MASKED_LM": 46,
-    "SEQ_TO_SEQ_CAUSAL_LM": 50,
-    "SPEECH_SEQ_2_SEQ": 20,
-    "IMAGE_TEXT_TO_TEXT": 70,
+    "SEQ_TO_SEQ_CAUSAL_LM": 54,
+    "SPEECH_SEQ_2_SEQ": 21,
+    "IMAGE_TEXT_TO_TEXT": 74,
 }
 # Lists that transformers makes of config.json, one entry a layer.
 LISTS = (
@@ -310,7 +310,7 @@ JUNK = st.recursive(
     kind=st.sampled_from(
         ["", "qwen2", "gemma2", "exaone4", "modernbert", "llama4_text", "gpt_neo"]
     ),
-    numbers=st.lists(st.integers(0, 3), min_size=1, max_size=5),
+    numbers=st.lists(st.integers(0, 3), min_size=2, max_size=5),
 )
 def test_whatever_stands_in_config_json_is_rebuilt_or_refused(
     config: Settings, kind: str, numbers: list[int]
@@ -319,7 +319,7 @@ def test_whatever_stands_in_config_json_is_rebuilt_or_refused(
     with suppress(PlanError):
         new, _ = stacked_config(config, "model.layers", [(config, i) for i in numbers])
         were, are = layer_kinds(config, "model.layers"), layer_kinds(new, "model.layers")
-        assert are == [were[i] for i in numbers]
+        assert [{key: kind[key] for key in were[0]} for kind in are] == [were[i] for i in numbers]
 
 
 def test_the_given_config_is_left_alone() -> None:
