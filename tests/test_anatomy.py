@@ -6,6 +6,7 @@ import pytest
 from architectures import LAYERS, MAPPINGS, Built, architectures, load_config
 
 from merge.anatomy import (
+    Module,
     beside_stack,
     layer_count,
     layer_of,
@@ -168,6 +169,7 @@ def test_names_match_under_other_prefixes(reference: str, other: str) -> None:
     [
         ("model.layers.0.norm.weight", ["vision_tower.layers.0.norm.weight"]),
         ("encoder.block.0.bias", ["decoder.block.0.bias"]),
+        ("block.0.bias", ["encoder.block.0.bias"]),
         ("layers.0.bias", ["language_model.layers.0.bias", "text_model.layers.0.bias"]),
         ("model.layers.0.bias", ["model.layers.1.bias"]),
     ],
@@ -221,6 +223,17 @@ def test_modules_have_the_names_of_the_field() -> None:
         "text_decoder": (names[3], names[4]),
     }
     assert parts["text_decoder"].stack == "model.language_model.layers"
+
+
+@pytest.mark.parametrize(
+    ("embedding", "module"),
+    [("shared.weight", "shared"), ("decoder.embed_tokens.weight", "decoder")],
+)
+def test_a_head_is_shared_where_its_embedding_is(embedding: str, module: str) -> None:
+    names = ["encoder.block.0.q.weight", "decoder.block.0.q.weight", embedding, "lm_head.weight"]
+    parts = modules(names, {"num_layers": 1})
+    assert {"lm_head.weight", embedding} <= set(parts[module].names)
+    assert parts["encoder"] == Module((names[0],), "encoder.block")
 
 
 def test_layers_that_predict_further_tokens_belong_to_the_stack() -> None:
