@@ -35,6 +35,7 @@ from merge.sources.weights import (
 BESIDE = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "tokenizer*"]
 NEVER = ["*/*", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.safetensors"]
 ENDINGS = tuple(ending for layout in LAYOUTS for ending in (*layout.endings, layout.index))
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HEADER_THREADS = 8  # as many as the hub's library uses for files: it is waiting, not work
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -79,6 +80,23 @@ def peek(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Pat
     return folder, folder.name, Source(tensors, read)
 
 
+def fetch_adapter(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Path, str]:
+    """As `fetch`, but the two files of a LoRA adapter, which is small, and nothing else."""
+    model = _wanted(repo, revision, offline)
+    with _told_in_one_line(model):
+        folder = _download(model, revision, allow=list(ADAPTER_FILES), ignore=[])
+    if not COMMIT.fullmatch(folder.name):
+        raise SourceError(f"{model}: the hub's commit is {folder.name!r}, which is no hash")
+    if missing := _missing(folder, ADAPTER_FILES):
+        reason = (
+            _not_cached()
+            if model.offline
+            else f"has no {missing[0]}; it is no adapter in safetensors"
+        )
+        raise SourceError(f"{model}: {reason}")
+    return folder, folder.name
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """A model of the hub as it was asked for; its text is how messages name it."""
@@ -119,7 +137,7 @@ def _small_files(model: _Wanted) -> tuple[Path, list[str]]:
     weights = chosen_files(str(model), folder, names)
     if not (folder / "config.json").is_file():
         raise SourceError(
-            f"{model}: has no config.json; whole models can be merged, not adapters or parts"
+            f"{model}: has no config.json; whole models can be merged, and adapters as model+adapter"
         )
     return folder, weights
 

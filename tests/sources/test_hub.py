@@ -24,13 +24,14 @@ DRIVER = """
 import json, sys
 from dataclasses import asdict
 from merge.errors import MergetoolError
-from merge.sources.hub import fetch, peek
+from merge.sources.hub import fetch, fetch_adapter, peek
 
 def answer(call):
     action, repo, revision, offline = call
     try:
-        if action == "fetch":
-            folder, commit = fetch(repo, revision, offline=offline)
+        if action != "peek":
+            fetching = {"fetch": fetch, "adapter": fetch_adapter}[action]
+            folder, commit = fetching(repo, revision, offline=offline)
             return {"folder": str(folder), "commit": commit}
         folder, commit, source = peek(repo, revision, offline=offline)
         name, info = next(iter(source.tensors.items()))
@@ -295,6 +296,29 @@ def test_wrong_requests_are_refused_in_words(hub: HubServer, home: Path, tmp_pat
         for answer in answers[2 * number : 2 * number + 2]:
             refused(answer, repo, *words)
     assert not weight_requests(hub), "refused before a weight was fetched"
+
+
+def test_an_adapter_is_two_files(hub: HubServer, home: Path, tmp_path: Path) -> None:
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
+    places = {"whole": adapter | UNWANTED | BESIDE, "part": {"adapter_config.json": b"{}"}}
+    for name, files in places.items():
+        hub.repositories[f"lab/{name}"] = {"main": write(tmp_path / name, files)}
+    (got,) = call(hub, home, ("adapter", "lab/whole", None, False))
+    folder = Path(got["folder"])
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == adapter
+    assert got["commit"] == folder.name
+    (again, part, none, model) = call(
+        hub,
+        home,
+        ("adapter", "lab/whole", None, True),
+        ("adapter", "lab/part", None, False),
+        ("adapter", "lab/none", None, False),
+        ("adapter", "lab/whole", "v9", True),
+    )
+    assert again == got
+    refused(part, "lab/part", "has no adapter_model.safetensors")
+    refused(none, "lab/none", "not on the hub")
+    refused(model, "lab/whole@v9", "not complete in the cache")
 
 
 def test_the_token_opens_and_stays_with_the_hub(hub: HubServer, home: Path) -> None:
