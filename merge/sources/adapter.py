@@ -1,0 +1,242 @@
+"""A LoRA adapter in PEFT's format on top of a model: a source whose changed tensors are computed as they
+are read, W + scale * B A, the same as PEFT's merge_and_unload and never held as a whole.
+
+Factors are float32, their product is float64 for one grain at a time, and the sum is rounded once.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from merge.blas import Matrix, product
+from merge.errors import SourceError
+from merge.numerics import STORAGE, Array, grain_rows, to_float32
+from merge.sources import Source, TensorInfo
+from merge.sources.lora import Change, Config, Product, changes, read_config
+from merge.sources.model import ADAPTER, Model, read_json, text_config
+from merge.sources.positioned import stored_source
+from merge.sources.safetensors import read_header
+
+WEIGHTS = "adapter_model.safetensors"
+KEPT = 2  # tensors whose factors stay in memory: one is being finished while the next begins
+ARRAYS = 3 * 8 + 4  # bytes for each element of a grain: the sum, the product, a square; float32
+HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+
+
+def with_adapter(model: Model, folder: Path, name: str, commit: str | None = None) -> Model:
+    """`model` with the LoRA adapter in `folder` merged into it, which `name` tells to others.
+
+    Its changed tensors read as float32 and are written in the dtype of the base's. Raises SourceError for an
+    adapter of another kind or of another base, before any values are read.
+    """
+    config = read_config(str(folder / ADAPTER), read_json(folder / ADAPTER))
+    stored = read_header(folder / WEIGHTS)
+    base = model.source.tensors
+    kind = str(model.config.get("model_type"))
+    found = changes(config, stored, base, label=model.label, model_type=kind)
+    _check_tied(model, config, found)
+    adapted = _Adapted(model.source, stored_source(stored), found)
+    public = f"{model.public_name}+{name}"
+    return replace(
+        model,
+        label=f"{model.label}+{name}",
+        name=public,
+        source=adapted.source(),
+        commit=_joined(model.commit, commit),
+        beside=(*model.beside, folder / WEIGHTS, folder / ADAPTER),
+        notes=(*model.notes, *_base_note(model, config, public)),
+    )
+
+
+def _joined(base: str | None, adapter: str | None) -> str | None:
+    return f"{base or ''}+{adapter or ''}" if base or adapter else None
+
+
+def _base_note(model: Model, config: Config, name: str) -> Iterator[str]:
+    told = config.base.partition("@")[0].rstrip("/")
+    known = {model.label, model.public_name, str(model.folder), model.folder.name}
+    if told and not {told, Path(told).name} & {label.partition("@")[0] for label in known}:
+        yield f"{name}: the adapter was trained on {told}"
+
+
+def _check_tied(model: Model, config: Config, found: Mapping[str, Change]) -> None:
+    """Raises SourceError where head and embedding are one tensor and the adapter's meaning is doubtful.
+
+    PEFT runs a changed embedding beside the unchanged head, merges it into both, and merges factors under
+    ensure_weight_tying twice (0.21). Trained token rows are always meant for both.
+    """
+    vocabulary = text_config(model.config).get("vocab_size")
+    tensors = model.source.tensors.items()
+    matrices = [name for name, t in tensors if len(t.shape) == 2 and t.rows == vocabulary]
+    generates = any(str(a).endswith(HEADS) for a in model.config.get("architectures") or ())
+    if not (model.tied or (generates and len(matrices) == 1)):
+        return
+    for change in (found.get(name, Change()) for name in matrices):
+        if change.product or (change.whole and not config.keeps_tied):
+            raise SourceError(
+                f"{config.where}: changes what is embedding and head of {model.label} at once, and PEFT "
+                "merges it otherwise than it runs it; untie the two in the base, or train modules_to_save "
+                "with ensure_weight_tying"
+            )
+
+
+# rows of the base [rows, cols] and the first one's number -> the same rows, adapted
+Apply = Callable[[Array, int], Array | Matrix]
+
+
+class _Adapted:
+    """Reads a base's tensors as an adapter changes them; what it keeps is shared by all threads."""
+
+    def __init__(self, base: Source, adapter: Source, found: Mapping[str, Change]) -> None:
+        self._base, self._adapter, self._found = base, adapter, found
+        self._recent = _Recent(self._loaded)
+
+    def source(self) -> Source:
+        sizes = [self._held(name) for name in self._found]
+        held = self._base.held + KEPT * max(sizes, default=0)
+        tensors = {name: self._info(name, info) for name, info in self._base.tensors.items()}
+        return Source(tensors, self._read, self._scratch, held)
+
+    def _info(self, name: str, info: TensorInfo) -> TensorInfo:
+        change = self._found.get(name)
+        if change is None:
+            return info
+        if change == Change(whole=change.whole):
+            return replace(self._adapter.tensors[change.whole], stored=info.written)
+        return TensorInfo("F32", info.shape, stored=info.written)
+
+    def _read(self, name: str, first_row: int, end_row: int, out: memoryview) -> None:
+        change = self._found.get(name)
+        if change is None:
+            return self._base.read(name, first_row, end_row, out)
+        if change == Change(whole=change.whole):
+            return self._adapter.read(change.whole, first_row, end_row, out)
+        apply, info = self._recent.get(name), self._base.tensors[name]
+        merged = np.frombuffer(out, "<f4").reshape(end_row - first_row, info.cols)
+        for first, end in _grains(info, first_row, end_row):
+            merged[first - first_row : end - first_row] = apply(
+                self._before(name, first, end), first
+            )
+        return None
+
+    def _before(self, name: str, first: int, end: int) -> Array:
+        """Rows of the tensor that the adapter's values are added to."""
+        whole = self._found[name].whole
+        source, stored = (self._adapter, whole) if whole else (self._base, name)
+        return _rows(source, stored, first, end)
+
+    def _scratch(self, name: str, rows: int) -> int:
+        """A grain widened and multiplied, and the factors, which others may have pushed out meanwhile."""
+        change = self._found.get(name)
+        if change is None:
+            return self._base.scratch(name, rows)
+        if change == Change(whole=change.whole):
+            return 0
+        info = self._base.tensors[name]
+        rows = min(rows, grain_rows(info.shape))
+        return (
+            self._base.scratch(name, rows)
+            + rows * (info.row_bytes + ARRAYS * info.cols)
+            + self._held(name)
+        )
+
+    def _held(self, name: str) -> int:
+        """Bytes of the adapter's values for a tensor as they are held: at most float64."""
+        change = self._found[name]
+        parts = [change.rows, change.added]
+        if change.product:
+            parts += [change.product.a, change.product.b, change.product.magnitude]
+        elements = [
+            self._adapter.tensors[p].rows * self._adapter.tensors[p].cols for p in parts if p
+        ]
+        return 8 * sum(elements)
+
+    def _loaded(self, name: str) -> Apply:
+        change = self._found[name]
+        if change.product:
+            return self._multiplied(name, change.product)
+        if change.rows:
+            return _replacing(change.indices, self._values(change.rows))
+        added = change.scale * self._values(change.added).astype(np.float64)
+        return lambda w, first: w + added[first : first + len(w)]
+
+    def _multiplied(self, name: str, factors: Product) -> Apply:
+        a, b = self._values(factors.a), self._values(factors.b)
+        left, right = (a.T, b.T) if factors.transposed else (b, a)
+        scaled = factors.scale * np.ascontiguousarray(right, np.float64)
+
+        def add(w: Array, first: int) -> Matrix:
+            total = product(left[first : first + len(w)].astype(np.float64), scaled)
+            total += w
+            return total
+
+        if not factors.magnitude:
+            return add
+        magnitude = self._values(factors.magnitude).astype(np.float64)
+        if factors.transposed:
+            ratio = magnitude.T / np.sqrt(self._column_squares(name, add))
+            return lambda w, first: add(w, first) * ratio
+        return lambda w, first: _with_norms(add(w, first), magnitude[first : first + len(w)])
+
+    def _column_squares(self, name: str, add: Callable[[Array, int], Matrix]) -> Matrix:
+        """Sum of squares of every column, [cols]: DoRA's norms where a model stores [in, out]; one pass
+        over the base."""
+        info = self._base.tensors[name]
+        total = np.zeros(info.cols)
+        for first, end in _grains(info, 0, info.rows):
+            total += np.square(add(self._before(name, first, end), first)).sum(axis=0)
+        return total
+
+    def _values(self, name: str) -> Array:
+        """A tensor of the adapter, [rows, cols] float32; a vector is one column."""
+        return _rows(self._adapter, name, 0, self._adapter.tensors[name].rows)
+
+
+def _rows(source: Source, name: str, first: int, end: int) -> Array:
+    """Rows of a tensor [rows, cols], widened to float32."""
+    info = source.tensors[name]
+    raw = np.empty((end - first, info.cols), STORAGE[info.dtype])
+    source.read(name, first, end, raw.reshape(-1).view(np.uint8).data)
+    return to_float32(raw, info.dtype)
+
+
+def _grains(info: TensorInfo, first_row: int, end_row: int) -> Iterator[tuple[int, int]]:
+    grain = grain_rows(info.shape)
+    for first in range(first_row, end_row, grain):
+        yield first, min(first + grain, end_row)
+
+
+def _replacing(indices: Sequence[int], values: Array) -> Apply:
+    """Puts row i of `values` in the place of row indices[i]; of a token named twice the last counts."""
+    order = np.array(indices)
+
+    def apply(w: Array, first: int) -> Array:
+        for i in np.flatnonzero((first <= order) & (order < first + len(w))):
+            w[order[i] - first] = values[i]
+        return w
+
+    return apply
+
+
+def _with_norms(w: Matrix, norms: Matrix) -> Matrix:
+    """`w` with rows of the lengths `norms`, [rows, 1]."""
+    w *= norms / np.sqrt(np.square(w).sum(axis=1, keepdims=True))
+    return w
+
+
+class _Recent:
+    """The last KEPT results of `load(name)`, each loaded by one thread while the others wait."""
+
+    def __init__(self, load: Callable[[str], Apply]) -> None:
+        self._load, self._lock, self._kept = load, threading.Lock(), dict[str, Apply]()
+
+    def get(self, name: str) -> Apply:
+        with self._lock:
+            found = self._kept.pop(name, None) or self._load(name)
+            self._kept[name] = found  # the last one again
+            while len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+            return found
