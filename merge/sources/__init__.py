@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from merge.numerics import STORAGE, rows_and_cols
+import numpy as np
+
+from merge.numerics import STORAGE, Array, rows_and_cols, to_float32
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,10 @@ class Source:
     read: Callable[[str, int, int, memoryview], None]
     scratch: Callable[[str, int], int] = lambda name, rows: 0
     held: int = 0
+
+    def rows(self, name: str, first_row: int, end_row: int) -> Array:
+        """Rows [end_row - first_row, cols] of a tensor, widened to float32; raises ReadError."""
+        info = self.tensors[name]
+        raw = np.empty((end_row - first_row, info.cols), STORAGE[info.dtype])
+        self.read(name, first_row, end_row, raw.reshape(-1).view(np.uint8).data)
+        return to_float32(raw, info.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from merge.blas import Matrix, product
 from merge.errors import SourceError
-from merge.numerics import STORAGE, Array, grain_rows, to_float32
+from merge.numerics import Array, grain_rows
 from merge.sources import Source, TensorInfo
 from merge.sources.lora import Change, Config, Product, changes, read_config
 from merge.sources.model import ADAPTER, Model, read_json, text_config
@@ -32,13 +32,8 @@ def with_adapter(model: Model, folder: Path, name: str, commit: str | None = Non
     Its changed tensors read as float32 and are written in the dtype of the base's. Raises SourceError for an
     adapter of another kind or of another base, before any values are read.
     """
-    config = read_config(str(folder / ADAPTER), read_json(folder / ADAPTER))
-    stored = read_header(folder / WEIGHTS)
-    base = model.source.tensors
-    kind = str(model.config.get("model_type"))
-    found = changes(config, stored, base, label=model.label, model_type=kind)
-    _check_tied(model, config, found)
-    adapted = _Adapted(model.source, stored_source(stored), found)
+    config, adapter, found = _opened(model, folder)
+    adapted = _Adapted(model.source, adapter, found)
     public = f"{model.public_name}+{name}"
     return replace(
         model,
@@ -49,6 +44,30 @@ def with_adapter(model: Model, folder: Path, name: str, commit: str | None = Non
         beside=(*model.beside, folder / WEIGHTS, folder / ADAPTER),
         notes=(*model.notes, *_base_note(model, config, public)),
     )
+
+
+def factors_of(model: Model, folder: Path) -> dict[str, tuple[Array, Array]]:
+    """b [rows, rank] and a [rank, cols], float32, whose product the adapter in `folder` adds to a tensor of
+    `model`; without those that it changes in other ways (DoRA, whole tensors, biases, token rows)."""
+    _, adapter, found = _opened(model, folder)
+    plain = {n: c.product for n, c in found.items() if c.product and c == Change(product=c.product)}
+    return {n: _factors(adapter, p) for n, p in plain.items() if not p.magnitude}
+
+
+def _factors(adapter: Source, product: Product) -> tuple[Array, Array]:
+    a, b = (adapter.rows(name, 0, adapter.tensors[name].rows) for name in (product.a, product.b))
+    b, a = (a.T, b.T) if product.transposed else (b, a)
+    return np.float32(product.scale) * b, np.ascontiguousarray(a)
+
+
+def _opened(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Change]]:
+    """An adapter's config, its tensors, and what it changes of `model`; raises SourceError."""
+    config = read_config(str(folder / ADAPTER), read_json(folder / ADAPTER))
+    stored = read_header(folder / WEIGHTS)
+    kind = str(model.config.get("model_type"))
+    found = changes(config, stored, model.source.tensors, label=model.label, model_type=kind)
+    _check_tied(model, config, found)
+    return config, stored_source(stored), found
 
 
 def _joined(base: str | None, adapter: str | None) -> str | None:
@@ -126,7 +145,7 @@ class _Adapted:
         """Rows of the tensor that the adapter's values are added to."""
         whole = self._found[name].whole
         source, stored = (self._adapter, whole) if whole else (self._base, name)
-        return _rows(source, stored, first, end)
+        return source.rows(stored, first, end)
 
     def _scratch(self, name: str, rows: int) -> int:
         """A grain widened and multiplied, and the factors, which others may have pushed out meanwhile."""
@@ -192,15 +211,7 @@ class _Adapted:
 
     def _values(self, name: str) -> Array:
         """A tensor of the adapter, [rows, cols] float32; a vector is one column."""
-        return _rows(self._adapter, name, 0, self._adapter.tensors[name].rows)
-
-
-def _rows(source: Source, name: str, first: int, end: int) -> Array:
-    """Rows of a tensor [rows, cols], widened to float32."""
-    info = source.tensors[name]
-    raw = np.empty((end - first, info.cols), STORAGE[info.dtype])
-    source.read(name, first, end, raw.reshape(-1).view(np.uint8).data)
-    return to_float32(raw, info.dtype)
+        return self._adapter.rows(name, 0, self._adapter.tensors[name].rows)
 
 
 def _grains(info: TensorInfo, first_row: int, end_row: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ from typing import Any
 from merge.errors import SourceError
 from merge.numerics import FLOATS
 from merge.sources import TensorInfo
+from merge.sources.names import Names
 
 PREFIX = "base_model.model."
 HEAD = "lm_head.weight"
@@ -21,6 +22,7 @@ PART = re.compile(
     r"lora_embedding_B|lora_magnitude_vector(?=(\.weight)?$)|token_adapter\.trainable_tokens_delta)(\.weight)?$"
 )
 WRAPPER = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
+SAVED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 # what an adapter may say without changing how it is merged, and what is taken from the file's own tensors
 TRAINING = {
     "auto_mapping",
@@ -254,12 +256,14 @@ class _Fit:
     def whole_tensors(self) -> Iterator[tuple[str, str]]:
         """Tensors that stand in the place of one of the base (modules_to_save, bias), with its name.
 
-        Not the head that is kept the same as the embedding, where the base has none of its own.
+        Not the head that is kept the same as the embedding, where the base has none of its own, and not what
+        PEFT writes again under the name of its wrapper (bias: all) and does not read.
         """
         for name in self.adapter:
             key = WRAPPER.sub("", name.removeprefix(PREFIX))
             same = self.config.keeps_tied and key == HEAD and key not in self.base
-            if not same and not PART.fullmatch(key):
+            again = SAVED.sub("", name) if SAVED.search(name) else None
+            if not same and again not in self.adapter and not PART.fullmatch(key):
                 yield name, self.place(name, key)
 
     def parts(self) -> dict[str, dict[str, str]]:
@@ -354,38 +358,20 @@ class _Fit:
         )
 
     def place(self, name: str, wanted: str) -> str:
-        """The base's name for `wanted`: the same, or the only one that ends alike.
-
-        Models are stored with more, fewer or other first parts than the modules have that were adapted
-        (`model.`, `language_model.`); the parts from the first number on are always the same.
-        """
-        if wanted in self.base:
-            return wanted
-        parts = wanted.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 2)
-        for start in range(number + 1):
-            ends = self.endings.get(".".join(parts[start:]), ())
-            fitting = (
-                ends if len(ends) == 1 else [e for e in ends if set(parts) <= set(e.split("."))]
+        """The base's name for the tensor `wanted`, which the adapter's tensor `name` is for."""
+        found = self.names.fitting(wanted)
+        if len(found) > 1:
+            raise SourceError(
+                f"{self.config.where}: {name!r} may belong to {found[0]!r} or {found[1]!r} of {self.label}"
             )
-            if len(fitting) == 1:
-                return fitting[0]
-            if ends:
-                raise SourceError(
-                    f"{self.config.where}: {name!r} may belong to {ends[0]!r} or {ends[1]!r} of {self.label}"
-                )
-        tied = "its embedding is its head: untie the two first"
-        raise SourceError(
-            f"{self.config.where}: {name!r} belongs to {wanted!r}, which {self.label} lacks; "
-            f"{tied if wanted == HEAD else 'it is an adapter of another base'}"
-        )
+        if not found:
+            tied = "its embedding is its head: untie the two first"
+            raise SourceError(
+                f"{self.config.where}: {name!r} belongs to {wanted!r}, which {self.label} lacks; "
+                f"{tied if wanted == HEAD else 'it is an adapter of another base'}"
+            )
+        return found[0]
 
     @cached_property
-    def endings(self) -> dict[str, list[str]]:
-        """The base's tensors by every end of their names."""
-        found: dict[str, list[str]] = {}
-        for name in self.base:
-            parts = name.split(".")
-            for start in range(len(parts)):
-                found.setdefault(".".join(parts[start:]), []).append(name)
-        return found
+    def names(self) -> Names:
+        return Names(self.base)

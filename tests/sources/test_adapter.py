@@ -1,7 +1,6 @@
 """A model with a LoRA adapter reads as what PEFT merges, and an adapter that does not fit is refused."""
 
 import json
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,30 +15,19 @@ from numpy.typing import NDArray
 from peft import (
     IA3Config,
     LoHaConfig,
-    LoraConfig,
     OFTConfig,
-    PeftModel,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
+from peft_models import MODELS, WIDE, adapter, loaded, merged_by_peft, saved
 from safetensors.numpy import load_file, save_file
 from threadpoolctl import threadpool_limits
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 import merge.budget
@@ -49,29 +37,6 @@ from merge.numerics import grain_rows, to_float32
 from merge.shipped import shipped
 from merge.sources.model import Model, open_model
 
-WIDE = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = GPT2Config(
-    n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=8, bos_token_id=1, eos_token_id=2
-)
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE)),
-    "tied": lambda: LlamaForCausalLM(LlamaConfig(**WIDE, tie_word_embeddings=True)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**WIDE)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**WIDE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE)),
-    "bert": lambda: BertForSequenceClassification(BertConfig(**WIDE)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2),
-}
 MIXED = {
     "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\..*_proj": 5},
     "alpha_pattern": {"model.layers.0.self_attn.v_proj": 3, "^layers.1.self_attn.q_proj": 7},
@@ -93,6 +58,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding, dora": ("llama", {"target_modules": ["embed_tokens", "k_proj"], "use_dora": True}),
     "positions": ("gpt2", {"target_modules": ["wpe"]}),
     "biases of all": ("qwen2", {"target_modules": ["q_proj", "down_proj"], "bias": "all"}),
+    "biases of all and a module that has one": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "bias": "all", "modules_to_save": ["ln_1"]},
+    ),
     "biases of the adapted": ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
     "a bias of its own": ("bert", {"target_modules": ["query"], "lora_bias": True}),
     "whole embedding and head": (
@@ -117,47 +86,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-def saved(model: Any, folder: Path) -> Path:
-    """A model folder as transformers writes it, with every tensor drawn anew."""
-    random = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=random))
-    model.save_pretrained(folder)
-    return folder
-
-
-def adapter(base: Path, folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """An adapter as PEFT writes it: every trainable value moved away from where it starts."""
-    model = loaded(base)
-    random = torch.Generator().manual_seed(4)
-    with warnings.catch_warnings(action="ignore"):
-        peft = get_peft_model(model, LoraConfig(**{"r": 3, "lora_alpha": 5, **config}))
-        with torch.no_grad():
-            for parameter in peft.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn(parameter.shape, generator=random) / 2)
-        peft.to(dtype).save_pretrained(folder)
-    return folder
-
-
-def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    config = json.loads((folder / "config.json").read_text())
-    bert = config["model_type"] == "bert"
-    kind = AutoModelForSequenceClassification if bert else AutoModelForCausalLM
-    return kind.from_pretrained(folder, dtype=dtype)
-
-
-def merged_by_peft(base: Path, *adapters: Path, into: Path) -> dict[str, NDArray[Any]]:
-    """What PEFT merges, computed and stored in float64."""
-    model = loaded(base, torch.float64)
-    with warnings.catch_warnings(action="ignore"):
-        for folder in adapters:
-            model = PeftModel.from_pretrained(model, folder).double().merge_and_unload()
-    model.save_pretrained(into)
-    return dict(load_file(into / "model.safetensors"))
 
 
 def read(model: Model, name: str, step: int | None = None) -> NDArray[np.float32]:

@@ -1,0 +1,248 @@
+"""What is extracted from a fine-tune is what PEFT puts on the base again, and its errors are measured."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from peft_models import MODELS, adapter, loaded, merged_by_peft, saved
+from safetensors.numpy import load_file, save_file
+
+from merge.adapters.delta import Delta, deltas_between
+from merge.adapters.write import Report, write_adapter
+from merge.errors import OutputError, PlanError, SourceError
+from merge.sources.adapter import factors_of
+from merge.sources.model import open_model
+
+Change = Callable[[str], bool]
+
+
+def tuned(base: Path, folder: Path, changed: Change, scale: float = 0.1) -> Path:
+    """A fine-tune that moved the parameters that `changed` names."""
+    model = loaded(base)
+    random = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if changed(name):
+                parameter.add_(scale * torch.randn(parameter.shape, generator=random))
+    model.save_pretrained(folder)
+    return folder
+
+
+def extracted(base: Path, fine: Path, out: Path, **wanted: Any) -> Report:
+    one, two = open_model(str(base)), open_model(str(fine))
+    return write_adapter(deltas_between(one, two), one, out, **wanted)
+
+
+def relative(a: NDArray[Any], b: NDArray[Any]) -> float:
+    return float(np.linalg.norm(a - b.astype(float)) / np.linalg.norm(b))
+
+
+CASES: dict[str, tuple[str, Change]] = {
+    "linear layers": ("llama", lambda n: "proj" in n),
+    "one layer": ("llama", lambda n: "layers.1.mlp.up_proj" in n),
+    "everything": ("llama", lambda n: True),
+    "everything, tied": ("tied", lambda n: True),
+    "fused": ("phi3", lambda n: True),
+    "biases": ("qwen2", lambda n: "proj" in n),
+    "biases alone": ("qwen2", lambda n: "o_proj" in n or "bias" in n),
+    "stored transposed": ("gpt2", lambda n: "attn" in n or "ln_1" in n),
+    "a head that is no vocabulary": (
+        "bert",
+        lambda n: "query" in n or "LayerNorm" in n or "class" in n,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_at_full_rank_peft_gives_the_fine_tune_back(tmp_path: Path, case: str) -> None:
+    """To the rounding of the difference and of two factors to float32."""
+    kind, changed = CASES[case]
+    base = saved(MODELS[kind](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", changed)
+    report = extracted(base, fine, tmp_path / "adapter", rank=1000)
+    assert report.error <= 2**-22
+    expected = load_file(fine / "model.safetensors")
+    merged = merged_by_peft(base, tmp_path / "adapter", into=tmp_path / "merged")
+    assert merged.keys() == expected.keys()
+    again = open_model(f"{base}+{tmp_path / 'adapter'}")
+    for name, value in expected.items():
+        assert relative(merged[name], value) <= 2**-22
+        info = again.source.tensors[name]
+        assert relative(again.source.rows(name, 0, info.rows).reshape(info.shape), value) <= 2**-22
+
+
+def test_peft_runs_as_the_fine_tune_does(tmp_path: Path) -> None:
+    """Not merged: what PEFT computes beside the base, head and embedding included. Two layers add some to
+    the rounding of float32, 1e-7."""
+    base = saved(MODELS["tied"](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", lambda n: True)
+    extracted(base, fine, tmp_path / "adapter", rank=1000)
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad(), warnings.catch_warnings(action="error", category=UserWarning):
+        model = PeftModel.from_pretrained(loaded(base, torch.float64), tmp_path / "adapter")
+        ours = model.double()(tokens).logits
+        exact = loaded(fine, torch.float64)(tokens).logits
+    assert relative(ours.numpy(), exact.numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize("wanted", [{"rank": 3}, {"energy": 0.8}, {"rank": 6, "energy": 0.9}])
+def test_the_errors_reported_are_those_of_what_peft_merges(
+    tmp_path: Path, wanted: dict[str, Any]
+) -> None:
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", lambda n: "proj" in n or "norm" in n)
+    report = extracted(base, fine, tmp_path / "adapter", **wanted)
+    before, after = load_file(base / "model.safetensors"), load_file(fine / "model.safetensors")
+    merged = merged_by_peft(base, tmp_path / "adapter", into=tmp_path / "merged")
+    missing = changed = 0.0
+    for layer in report.adapted:
+        name = f"{layer.module}.weight"
+        difference = after[name].astype(float) - before[name]
+        error = np.linalg.norm(merged[name] - after[name]) / np.linalg.norm(difference)
+        assert layer.error == pytest.approx(error, rel=1e-4)
+        assert layer.norm == pytest.approx(np.linalg.norm(difference), rel=1e-6)
+        assert layer.rank <= wanted.get("rank", 1000)
+        if "rank" not in wanted:
+            assert layer.error <= np.sqrt(1 - wanted["energy"])
+        missing += float(np.sum((merged[name] - after[name]) ** 2))
+        changed += float(np.sum(difference**2))
+    assert report.error == pytest.approx(np.sqrt(missing / changed), rel=1e-4)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert all(
+        f"| {layer.module} |" in card and f"{layer.error:.4f}" in card for layer in report.adapted
+    )
+
+
+def test_adapters_are_summed_exactly_side_by_side(tmp_path: Path) -> None:
+    """0.3 one + 0.6 two, without any decomposition: exact but for the weights' rounding in float32."""
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    model = open_model(str(base))
+    weights = {"one": 0.3, "two": 0.6}
+    layers = {"one": ["q_proj", "up_proj"], "two": ["q_proj", "v_proj"]}
+    parts = {
+        n: adapter(base, tmp_path / n, target_modules=layers[n], r=len(n) + 1) for n in weights
+    }
+    found = {name: factors_of(model, folder) for name, folder in parts.items()}
+    deltas = {}
+    for tensor, info in model.source.tensors.items():
+        pairs = [
+            (np.float32(w) * found[n][tensor][0], found[n][tensor][1])
+            for n, w in weights.items()
+            if tensor in found[n]
+        ]
+        deltas[tensor] = given(info.shape, pairs)
+    report = write_adapter(deltas, model, tmp_path / "sum")
+    assert report.error == 0
+    assert {layer.rank for layer in report.adapted} == {4, 8}
+    before = load_file(base / "model.safetensors")
+    merged = merged_by_peft(base, tmp_path / "sum", into=tmp_path / "merged")
+    each = {n: merged_by_peft(base, parts[n], into=tmp_path / f"merged-{n}") for n in weights}
+    for tensor, value in before.items():
+        exact = value + sum(w * (each[n][tensor] - value) for n, w in weights.items())
+        assert relative(merged[tensor], exact) <= 2**-22
+
+
+def given(shape: tuple[int, ...], pairs: list[tuple[NDArray[Any], NDArray[Any]]]) -> Delta:
+    whole = sum(
+        (b @ a for b, a in pairs), np.zeros((shape[0], shape[1] if len(shape) > 1 else 1), "<f4")
+    )
+    return Delta(shape, "F32", lambda a, b: whole[a:b], lambda a, b: whole[a:b], tuple(pairs))
+
+
+def test_the_same_bytes_come_out_twice(tmp_path: Path) -> None:
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", lambda n: True)
+    for out, threads in (("one", 1), ("two", 3)):
+        extracted(base, fine, tmp_path / out, energy=0.7, threads=threads)
+    names = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_grown_vocabulary_is_kept_whole(tmp_path: Path) -> None:
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    model = loaded(base)
+    model.resize_token_embeddings(43)
+    model.save_pretrained(tmp_path / "grown")
+    fine = tuned(tmp_path / "grown", tmp_path / "fine", lambda n: "q_proj" in n)
+    report = extracted(base, fine, tmp_path / "adapter", rank=16)
+    assert report.rows == 43
+    assert "resize_token_embeddings(43)" in (tmp_path / "adapter" / "README.md").read_text()
+    resized = loaded(base)
+    resized.resize_token_embeddings(43)
+    merged = (
+        PeftModel.from_pretrained(resized, tmp_path / "adapter").merge_and_unload().state_dict()
+    )
+    for name, value in load_file(fine / "model.safetensors").items():
+        assert relative(merged[name].numpy(), value) <= 2**-22
+
+
+def renamed(folder: Path, rule: Callable[[str], str]) -> None:
+    file = folder / "model.safetensors"
+    save_file({rule(name): value for name, value in load_file(file).items()}, file)
+
+
+def test_stored_names_without_their_first_part_are_found(tmp_path: Path) -> None:
+    base = saved(MODELS["gpt2"](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", lambda n: "attn" in n)
+    for folder in (base, fine):
+        renamed(folder, lambda name: name.removeprefix("transformer."))
+    report = extracted(base, fine, tmp_path / "adapter", rank=4)
+    assert {layer.module for layer in report.adapted} == {
+        f"transformer.h.{i}.attn.{name}" for i in (0, 1) for name in ("c_attn", "c_proj")
+    }
+
+
+def test_what_peft_cannot_hold_is_named_or_left_out(tmp_path: Path) -> None:
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", lambda n: "q_proj" in n)
+    file = fine / "model.safetensors"
+    extra = {"model.layers.0.gate.weight": np.full((3, 4), 2, "<f4")}
+    save_file(load_file(file) | extra, file)
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.gate\.weight \(1 in all\)"):
+        extracted(base, fine, tmp_path / "adapter", rank=16)
+    assert not (tmp_path / "adapter").exists()
+    report = extracted(base, fine, tmp_path / "adapter", rank=16, drop=True)
+    assert report.dropped == {"model.layers.0.gate.weight": pytest.approx(np.sqrt(48))}
+    assert report.error > 0.9
+    assert "layers.0.gate.weight`: 6.928" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changed", "part"),
+    [
+        ({}, "q_proj", "give a rank or an energy"),
+        ({"rank": 0}, "q_proj", "a rank is 1 or more"),
+        ({"energy": 1.5}, "q_proj", "an energy in"),
+        ({"rank": 4}, "norm", "no linear layer changed"),
+        ({"rank": 4}, "nothing", "no linear layer changed"),
+    ],
+)
+def test_a_request_that_gives_no_adapter_is_refused(
+    tmp_path: Path, wanted: dict[str, Any], changed: str, part: str
+) -> None:
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    fine = tuned(base, tmp_path / "fine", lambda n: changed in n)
+    with pytest.raises(PlanError, match=part):
+        extracted(base, fine, tmp_path / "adapter", **wanted)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_other_models_and_other_folders_are_refused(tmp_path: Path) -> None:
+    base = saved(MODELS["llama"](), tmp_path / "base")
+    with pytest.raises(PlanError, match="lacks tensor"):
+        extracted(base, saved(MODELS["phi3"](), tmp_path / "phi3"), tmp_path / "adapter", rank=4)
+    with pytest.raises(OutputError, match="holds something else"):
+        extracted(base, base, base, rank=4)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["pipeline"]}))
+    with pytest.raises(SourceError, match="cannot build 'pipeline'"):
+        extracted(base, base, tmp_path / "adapter", rank=4)
