@@ -1,6 +1,7 @@
 """A model with a LoRA adapter reads as what PEFT merges, and an adapter that does not fit is refused."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -448,3 +449,25 @@ def test_an_adapter_of_another_base_is_refused(
     message = refusal(saved(other(**changes), tmp_path / "base"), own)
     assert part in message
     assert "vocabulary was resized" in message or "modules_to_save" not in config
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}])
+@pytest.mark.parametrize("kind", ["c_fc", "wpe"])
+def test_reading_takes_no_more_memory_than_is_told(
+    tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    wide = {"n_embd": 512, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 2000}
+    base = saved(
+        GPT2LMHeadModel(GPT2Config(**wide, bos_token_id=1, eos_token_id=2)), tmp_path / "base"
+    )
+    own = adapter(base, tmp_path / "adapter", target_modules=[kind], r=32, **config)
+    source = open_model(f"{base}+{own}").source
+    name = {"c_fc": "transformer.h.0.mlp.c_fc.weight", "wpe": "transformer.wpe.weight"}[kind]
+    info = source.tensors[name]
+    out = bytearray(info.nbytes)
+    tracemalloc.start()
+    source.read(name, 0, info.rows, memoryview(out))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert info.rows > grain_rows(info.shape)
+    assert peak <= source.scratch(name, info.rows) + source.held
