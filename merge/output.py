@@ -3,16 +3,20 @@
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from merge.agreement import canonical
 from merge.carry import carried_digests, input_sizes, told_inputs
 from merge.errors import OutputError, PlanError
+from merge.numerics import combined_digest, grain_digest, grain_rows
 from merge.plan import Operand, Plan
+from merge.sources import Source
 from merge.stream import StepDigests
 from merge.verify import Place, provenance_of, stored_digest
 from merge.write import input_stamps, layout, partial_of
@@ -104,6 +108,9 @@ def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, St
 
     def digest(operand: Operand) -> str:
         info = operand.info
+        if not info.file:
+            count(info.nbytes)
+            return _computed_digest(plan.models[operand.model].source, operand.tensor)
         descriptor = os.open(info.file, os.O_RDONLY)
         try:
             found = stored_digest(Place(descriptor, info.offset, info.shape, info.dtype))
@@ -115,6 +122,19 @@ def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, St
     with progress("compare", plan.read_bytes) as count, ThreadPoolExecutor(threads) as pool:
         found = [list(pool.map(digest, step.inputs)) for step in plan.steps]
     return {s.name: StepDigests("", tuple(f)) for s, f in zip(plan.steps, found, strict=True)}
+
+
+def _computed_digest(source: Source, name: str) -> str:
+    """Of a tensor that is computed as it is read."""
+    info, grain = source.tensors[name], grain_rows(source.tensors[name].shape)
+
+    def digests() -> Iterator[bytes]:
+        for first in range(0, info.rows, grain):
+            rows = np.empty((min(grain, info.rows - first), info.row_bytes), np.uint8)
+            source.read(name, first, first + len(rows), rows.reshape(-1).data)
+            yield grain_digest(rows)
+
+    return combined_digest(digests())
 
 
 def check_disk(plan: Plan, folder: Path) -> None:

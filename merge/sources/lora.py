@@ -42,6 +42,7 @@ TRAINING = {
     "lora_ga_config",
     "megatron_config",
     "megatron_core",
+    "merge_weights",
     "modules_to_save",
     "peft_type",
     "peft_version",

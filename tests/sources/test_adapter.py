@@ -33,7 +33,7 @@ from transformers import (
 
 import merge.budget
 from merge import run_recipe
-from merge.errors import SourceError
+from merge.errors import OutputError, SourceError
 from merge.numerics import grain_rows, to_float32
 from merge.shipped import shipped
 from merge.sources.model import Model, open_model
@@ -312,6 +312,11 @@ def test_a_merge_with_adapters_has_the_same_bytes_whatever_threads_and_blocks(
         run_recipe(recipe, out, threads=threads)
         outputs.append((out / "model.safetensors").read_bytes())
     assert outputs[0] == outputs[1] == outputs[2]
+    assert run_recipe(recipe, tmp_path / "out0").existed
+    config = tmp_path / "one" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 5', '"lora_alpha": 6'))
+    with pytest.raises(OutputError, match="of another recipe or of other models"):
+        run_recipe(recipe, tmp_path / "out0")
 
 
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}])
