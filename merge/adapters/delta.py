@@ -1,10 +1,11 @@
 """How the tensors of a fine-tune differ from those of its base, read by rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from merge.blas import product
 from merge.errors import NonFiniteError, PlanError
 from merge.numerics import FLOATS, Array, grain_rows, rows_and_cols
 from merge.sources.lora import HEAD
@@ -51,6 +52,18 @@ def deltas_between(base: Model, tuned: Model) -> dict[str, Delta]:
         )
     own_head = HEAD in before or not tuned.tied
     return {name: _delta(base, tuned, name) for name in after if name != HEAD or own_head}
+
+
+def delta_of(pairs: Sequence[tuple[Array, Array]]) -> Delta:
+    """The change of a linear layer's weight that is the sum of b a for `pairs`, b [rows, rank] and
+    a [rank, cols] float32."""
+    b = np.concatenate([b for b, _ in pairs], axis=1)
+    a = np.concatenate([a for _, a in pairs], axis=0).astype(np.float64)
+
+    def difference(first: int, end: int) -> Array:
+        return product(b[first:end].astype(np.float64), a).astype(np.float32)
+
+    return Delta((len(b), a.shape[1]), "F32", difference, difference, tuple(pairs))
 
 
 def _delta(base: Model, tuned: Model, name: str) -> Delta:

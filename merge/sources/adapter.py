@@ -78,7 +78,7 @@ def _base_note(model: Model, config: Config, name: str) -> Iterator[str]:
     told = config.base.partition("@")[0].rstrip("/")
     known = {model.label, model.public_name, str(model.folder), model.folder.name}
     if told and not {told, Path(told).name} & {label.partition("@")[0] for label in known}:
-        yield f"{name}: the adapter was trained on {told}"
+        yield f"{name}: the adapter was trained on {told[:100]!r}"
 
 
 def _check_tied(model: Model, config: Config, found: Mapping[str, Change]) -> None:

@@ -63,7 +63,7 @@ READ = {
     "use_dora",
     "use_rslora",
 }
-# the others (pissa, olora, corda, loftq, lora_ga, mica, ...) change the base as PEFT loads them
+# the others (pissa, olora, corda, loftq, lora_ga, ...) change the base as PEFT loads them
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # architectures whose linear layers are stored transposed, [in, out], and the names of those
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -135,7 +135,7 @@ def read_config(where: str, data: Mapping[str, Any]) -> Config:
     for key in sorted(data.keys() - TRAINING - READ):
         if data[key]:
             raise SourceError(
-                f"{where}: {key} is {str(data[key])[:60]!r}; adapters that use it cannot be merged here"
+                f"{where}: {key[:60]!r} is {str(data[key])[:60]!r}; adapters with it cannot be merged here"
             )
     initial = data.get("init_lora_weights")
     if initial not in INITIAL:
@@ -148,11 +148,11 @@ def read_config(where: str, data: Mapping[str, Any]) -> Config:
         _rank(where, "r", data.get("r", 8)),
         _number(where, "lora_alpha", data.get("lora_alpha", 8)),
         {
-            k: _rank(where, f"rank_pattern.{k}", v)
+            k: _rank(where, f"rank_pattern {k!r}", v)
             for k, v in _patterns(where, data, "rank_pattern")
         },
         {
-            k: _number(where, f"alpha_pattern.{k}", v)
+            k: _number(where, f"alpha_pattern {k!r}", v)
             for k, v in _patterns(where, data, "alpha_pattern")
         },
         bool(data.get("use_rslora")),

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft_models import MODELS, adapter, loaded, merged_by_peft, saved
 from safetensors.numpy import load_file, save_file
 
-from merge.adapters.delta import Delta, deltas_between
+from merge.adapters.delta import delta_of, deltas_between
 from merge.adapters.write import Report, write_adapter
 from merge.errors import OutputError, PlanError, SourceError
 from merge.sources.adapter import factors_of
@@ -130,14 +130,11 @@ def test_adapters_are_summed_exactly_side_by_side(tmp_path: Path) -> None:
         n: adapter(base, tmp_path / n, target_modules=layers[n], r=len(n) + 1) for n in weights
     }
     found = {name: factors_of(model, folder) for name, folder in parts.items()}
-    deltas = {}
-    for tensor, info in model.source.tensors.items():
-        pairs = [
-            (np.float32(w) * found[n][tensor][0], found[n][tensor][1])
-            for n, w in weights.items()
-            if tensor in found[n]
-        ]
-        deltas[tensor] = given(info.shape, pairs)
+    pairs: dict[str, list[Any]] = {}
+    for n, weight in weights.items():
+        for tensor, (b, a) in found[n].items():
+            pairs.setdefault(tensor, []).append((np.float32(weight) * b, a))
+    deltas = {tensor: delta_of(own) for tensor, own in pairs.items()}
     report = write_adapter(deltas, model, tmp_path / "sum")
     assert report.error == 0
     assert {layer.rank for layer in report.adapted} == {4, 8}
@@ -149,11 +146,23 @@ def test_adapters_are_summed_exactly_side_by_side(tmp_path: Path) -> None:
         assert relative(merged[tensor], exact) <= 2**-22
 
 
-def given(shape: tuple[int, ...], pairs: list[tuple[NDArray[Any], NDArray[Any]]]) -> Delta:
-    whole = sum(
-        (b @ a for b, a in pairs), np.zeros((shape[0], shape[1] if len(shape) > 1 else 1), "<f4")
-    )
-    return Delta(shape, "F32", lambda a, b: whole[a:b], lambda a, b: whole[a:b], tuple(pairs))
+def test_a_head_that_the_base_does_not_have_is_kept_whole(tmp_path: Path) -> None:
+    """The fine-tune untied its head; where PEFT runs it, the base's embedding stays as it was."""
+    base = saved(MODELS["tied"](), tmp_path / "base")
+    model = loaded(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    fine = tuned(tmp_path / "untied", tmp_path / "fine", lambda n: "lm_head" in n or "q_proj" in n)
+    report = extracted(base, fine, tmp_path / "adapter", rank=16)
+    assert report.saved == ("lm_head.weight",)
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(
+            loaded(base, torch.float64), tmp_path / "adapter"
+        ).double()
+        exact = loaded(fine, torch.float64)(tokens).logits
+        assert relative(adapted(tokens).logits.numpy(), exact.numpy()) <= 1e-5
 
 
 def test_the_same_bytes_come_out_twice(tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("llama", {"target_modules": "all-linear", "use_rslora": True}),
     "mixed ranks": ("llama", {"target_modules": "all-linear", **MIXED}),
     "mixed ranks, rslora": ("llama", {"target_modules": "all-linear", "use_rslora": True, **MIXED}),
+    "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+    "orthogonal": (
+        "llama",
+        {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal", "r": 4},
+    ),
     "dora": ("llama", {"target_modules": "all-linear", "use_dora": True}),
     "dora, transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "k_proj"]}),
@@ -222,7 +227,7 @@ def test_every_tensor_of_the_adapter_is_used_or_named(tmp_path: Path) -> None:
         ("r", True, "r is 'True'"),
         ("lora_alpha", "8", "lora_alpha is '8'"),
         ("lora_alpha", float("nan"), "lora_alpha is 'nan'"),
-        ("rank_pattern", {"q_proj": -1}, "rank_pattern.q_proj is '-1'"),
+        ("rank_pattern", {"q_proj": -1}, "rank_pattern 'q_proj' is '-1'"),
         ("rank_pattern", [1], "rank_pattern is not a table"),
         ("alpha_pattern", {"(a+)+": 1}, "may take forever"),
         ("alpha_pattern", {"a*a*a*a*a*b": 1}, "may take forever"),
@@ -230,7 +235,8 @@ def test_every_tensor_of_the_adapter_is_used_or_named(tmp_path: Path) -> None:
         ("alpha_pattern", {"(?i)q": 1}, "alpha_pattern has '(?i)q'"),
         ("use_dora", True, "has no lora_magnitude_vector"),
         ("trainable_token_indices", ["1"], "lists of token numbers"),
-        ("some_new_kind", {"of": "adapter"}, "some_new_kind is"),
+        ("some_new_kind", {"of": "adapter"}, "'some_new_kind' is"),
+        ("new\nline", 1, r"'new\nline' is '1'"),
         ("peft_type", None, "peft_type is None"),
     ],
 )
@@ -250,7 +256,7 @@ def test_an_adapter_trained_on_another_model_is_noted(tmp_path: Path) -> None:
     config["base_model_name_or_path"] = "lab/other"
     (own / "adapter_config.json").write_text(json.dumps(config))
     model = open_model(f"{base}+{own}")
-    assert model.notes == ("base+adapter: the adapter was trained on lab/other",)
+    assert model.notes == ("base+adapter: the adapter was trained on 'lab/other'",)
     assert own / "adapter_config.json" in model.files()
 
 
