@@ -13,12 +13,15 @@ MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "sliding_window")
 
 
-def check_agreement(donor: Model, others: Sequence[Model]) -> list[str]:
-    """Notes about doubtful differences; raises PlanError for those that make a merge meaningless."""
+def check_agreement(donor: Model, others: Sequence[Model], *, whole: bool = True) -> list[str]:
+    """Notes about doubtful differences; raises PlanError for those that make a merge meaningless.
+
+    whole: the models are merged as a whole; else only modules, which models of other types may share.
+    """
     notes: list[str] = []
     for other in others:
         for key in MUST_AGREE:
-            _compare(donor, other, key, fatal=True)
+            _compare(donor, other, key, fatal=whole or key != "model_type")
         notes += [
             note for key in SHOULD_AGREE if (note := _compare(donor, other, key, fatal=False))
         ]

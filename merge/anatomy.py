@@ -92,6 +92,11 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return (".".join(parts[:place]), int(parts[place])) if place else None
 
 
+def natural_order(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key in which layer 2 comes before layer 10."""
+    return [(not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in name.split(".")]
+
+
 def renamed(name: str, stack: str, number: int) -> str:
     """The name that a layer's tensor has in layer `number` of `stack`."""
     layer = layer_of(name)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from merge.errors import PlanError
 from merge.fuse import available
 from merge.numerics import grain_rows
-from merge.plan import Plan, Step
-from merge.recipe import parse_size
+from merge.plan import Operand, Plan, Step
+from merge.sections import parse_size
 
 RESERVED = 80 << 20  # bytes: interpreter, numpy, libraries; 40 to 55 MiB measured
 PER_INPUT = 2 << 10  # bytes: of the plan and the journal, for every tensor read
@@ -18,6 +18,7 @@ COMPILER = 104 << 20  # bytes: LLVM with methods compiled; 76 MiB and 1 for each
 BLOCK = 4 << 20  # bytes of one input read at once: larger gains nothing, smaller costs calls
 SLACK = 1.25  # freed arrays that the allocator keeps, over those alive
 STATISTIC = 1 << 20  # bytes per model and thread of a statistics pass: counts and their copy
+OF_A_ROW = 64  # bytes per row of sums by row: three float64, joined, and what is made of them
 FIXED_ARRAYS = 4  # float32 grains alive per thread beside those counted per model
 DEFAULT_MEMORY = "512MiB"
 FUSE_FROM = 1 << 26  # input values of a merge from which compiling (0.15 s) pays
@@ -48,11 +49,7 @@ def make_budget(
 
     fuse: whether methods are compiled; by default where it pays and the compiler fits.
     """
-    try:
-        cap = parse_size(memory)
-    except ValueError as error:
-        raise PlanError(f"--memory: {error}") from None
-    wanted = threads or len(os.sched_getaffinity(0))
+    wanted, cap = threads_and_cap(memory, threads)
     if plan.recipe.sections.allow_nonfinite:
         fuse = False  # a loop cannot tidy up the NaNs that it meets
     for compiled in [worth_fusing(plan), False] if fuse is None else [fuse]:
@@ -67,19 +64,35 @@ def make_budget(
     )
 
 
+def threads_and_cap(memory: str, threads: int | None) -> tuple[int, int]:
+    """How many threads are wanted, and the bytes of `memory`; raises PlanError."""
+    try:
+        return threads or len(os.sched_getaffinity(0)), parse_size(memory)
+    except ValueError as error:
+        raise PlanError(f"--memory: {error}") from None
+
+
 def worth_fusing(plan: Plan) -> bool:
     """Whether compiled methods are expected to save more time than compiling takes."""
-    values = sum(step.rows * step.cols * len(step.inputs) for step in plan.steps if not step.copy)
-    return values >= FUSE_FROM and available()
+    return sum(map(_values, plan.steps)) >= FUSE_FROM and available()
+
+
+def _values(step: Step) -> int:
+    """Input values that compiled loops could take, those of steps within it included."""
+    within = sum(_values(operand.step) for operand in step.inputs if operand.step)
+    own = step.method.compiled and not step.copy
+    return within + own * step.rows * step.cols * len(step.inputs)
 
 
 def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     """Projected bytes without held inputs. Compiled, one thread at a time computes by numpy and
     another compares its loop with that."""
-    steps = list(_distinct(plan.steps))
+    steps = list(_distinct(plan))
     blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
-    arrays = int(SLACK * max((_array_bytes(plan, step) for step in steps), default=0))
+    arrays = int(SLACK * max((_array_bytes(step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
+    reserved += sum(model.source.held for model in plan.models)
+    reserved += sum(_kept_bytes(o.step) for step in plan.steps for o in step.inputs if o.step)
     if fuse:
         trial = 4 * max((_grain_bytes(step) for step in steps), default=0)
         return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays + trial
@@ -87,9 +100,11 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
 
 
 def _with_holds(plan: Plan, threads: int, block: int, base: int, cap: int, fuse: bool) -> Budget:
-    if not plan.recipe.method.passes:
-        return Budget(threads, block, 0, 0, base, fuse)
-    sizes = [held_bytes(step) for step in plan.steps if not step.copy and grains(step) > 1]
+    sizes = [
+        held_bytes(step)
+        for step in plan.steps
+        if step.method.passes and not step.copy and grains(step) > 1
+    ]
 
     def kept(room: int) -> int:
         return sum(size for size in sizes if size <= room)
@@ -121,30 +136,65 @@ def block_rows(step: Step, block: int) -> int:
 
 
 def _block_bytes(plan: Plan, step: Step, block: int) -> int:
-    """What a thread needs for one block: its rows as stored, in, out and read back, and its statistics."""
+    """What a thread needs for one block: its rows as stored, in, out and read back, what reading them
+    takes, and its statistics."""
     rows = block_rows(step, block)
     out = step.nbytes // max(1, step.rows)
     raw = rows * (sum(o.info.row_bytes for o in step.inputs) + 2 * out)
-    method = plan.recipe.method
-    return raw + (STATISTIC * len(step.operands) * 2 if method.passes and not step.copy else 0)
+    return raw + _statistics_bytes(step) + _scratch(plan, step, rows)
+
+
+def _statistics_bytes(step: Step) -> int:
+    if step.copy or not step.method.passes:
+        return 0
+    return STATISTIC * len(step.operands) * 2 + OF_A_ROW * step.rows * _knows_rows(step)
+
+
+def _kept_bytes(step: Step) -> int:
+    """What steps within steps keep of their rows."""
+    within = sum(_kept_bytes(operand.step) for operand in step.inputs if operand.step)
+    return within + 4 * step.rows * _knows_rows(step)
+
+
+def _knows_rows(step: Step) -> bool:
+    """Whether passes find out numbers for each row; of a single column they do not."""
+    return "of_rows" in step.method.takes and step.cols > 1 and not step.copy
+
+
+def _scratch(plan: Plan, step: Step, rows: int) -> int:
+    """Memory that reading so many rows of a step's inputs takes, one input after the other."""
+    return max((reading_bytes(plan, operand, rows) for operand in step.inputs), default=0)
+
+
+def reading_bytes(plan: Plan, operand: Operand, rows: int) -> int:
+    """For a step within a step: one grain of its inputs and of its arithmetic."""
+    step = operand.step
+    if step is None:
+        return plan.models[operand.model].source.scratch(operand.tensor, rows)
+    if step.copy:
+        return reading_bytes(plan, step.operands[0], rows)
+    grain = min(grain_rows(step.shape), step.rows)
+    raw = grain * sum(o.info.row_bytes for o in step.inputs)
+    arrays = int(SLACK * _array_bytes(step)) + _statistics_bytes(step)
+    return raw + arrays + _scratch(plan, step, grain)
 
 
 def _beside_loops(steps: Sequence[Step]) -> int:
-    """float32 grains around a compiled loop: inputs that it cannot widen, an output it cannot round."""
+    """float32 grains around a compiled loop: inputs that it cannot widen, an output it cannot round,
+    numbers of rows repeated along them."""
     found = 0
     for step in steps:
-        extra = sum(o.info.dtype == "F16" for o in step.inputs) + (
-            step.dtype not in ("BF16", "F32")
-        )
+        extra = sum(o.info.dtype == "F16" for o in step.inputs) + _knows_rows(step)
+        extra += step.dtype not in ("BF16", "F32")
         found = max(found, extra * _grain_bytes(step))
     return found
 
 
-def _array_bytes(plan: Plan, step: Step) -> int:
+def _array_bytes(step: Step) -> int:
     """float32 arrays of one grain that numpy has alive at once."""
     if step.copy:
         return 0
-    arrays = len(step.inputs) + plan.recipe.method.workspace * len(step.operands) + FIXED_ARRAYS
+    arrays = len(step.inputs) + step.method.workspace * len(step.operands) + FIXED_ARRAYS
     return arrays * _grain_bytes(step)
 
 
@@ -153,11 +203,13 @@ def _grain_bytes(step: Step) -> int:
     return min(grain_rows(step.shape), step.rows) * step.cols * 4
 
 
-def _distinct(steps: Iterable[Step]) -> Iterable[Step]:
+def _distinct(plan: Plan) -> Iterable[Step]:
     """One step of each shape and kind; a 70 B model has few."""
     return {
-        (s.shape, s.dtype, s.copy, tuple(o.info.dtype for o in s.inputs)): s for s in steps
-    }.values()
+        (s.shape, s.dtype, s.method.name, s.copy, tuple(o.info.dtype for o in s.inputs),
+         _scratch(plan, s, grain_rows(s.shape))): s
+        for s in plan.steps
+    }.values()  # fmt: skip
 
 
 def keep_freed_memory() -> None:

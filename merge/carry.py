@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import numpy as np
 import yaml
 
 from merge.numerics import combined_digest
-from merge.plan import FORMAT, Plan
-from merge.recipe import OUT_DTYPES
+from merge.plan import FORMAT, Operand, Plan
+from merge.recipe import OF_THE_LAST, OUT_DTYPES, Part, Recipe, Slice
+from merge.settings import Settings
+from merge.sources.model import Model
 from merge.sources.safetensors import INDEX
 from merge.stream import StepDigests
 from merge.verify import PROVENANCE
@@ -30,6 +32,17 @@ WEIGHTS: tuple[str, ...] = (
     ".onnx",
 )
 WEIGHTS += (".safetensors.index.json", ".bin.index.json", ".tflite", ".ot", ".npz")
+KEPT = (
+    "dtype",
+    "out_dtype",
+    "include",
+    "exclude",
+    "compat",
+    "missing_tensors",
+    "extra_tensors",
+    "allow_nonfinite",
+    "shard_size",
+)
 OWN = ("readme.md", "config.json", PROVENANCE, "scores.json")
 CARD = "README.md"
 
@@ -65,13 +78,13 @@ def carried(plan: Plan) -> dict[str, Path | bytes]:
 
 
 def _config(plan: Plan, source: Path) -> Path | bytes:
-    """config.json as it is, unless the output dtype differs from the one it tells."""
-    config = json.loads(source.read_text(encoding="utf-8"))
+    """config.json as it is, unless the plan's or the output dtype differs from it."""
+    config = dict(plan.config)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    dtype = {v: k for k, v in OUT_DTYPES.items()}.get(plan.recipe.out_dtype or "")
-    if dtype is None or all(config.get(key) == dtype for key in keys):
+    if dtype := {v: k for k, v in OUT_DTYPES.items()}.get(plan.recipe.out_dtype or ""):
+        config.update(dict.fromkeys(keys, dtype))
+    if config == json.loads(source.read_text(encoding="utf-8")):
         return source
-    config.update(dict.fromkeys(keys, dtype))
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -98,7 +111,7 @@ def provenance(
         "versions": {"mergetool": own_version(), "numpy": np.__version__},
         "recipe": resolved(plan),
         "donor": plan.models[plan.donor].public_name,
-        "inputs": told_inputs(plan, digests),
+        "inputs": told_inputs(plan, _read_by_steps(plan, digests)),
         "input_sizes": input_sizes(plan, inputs),
         "notes": plan.notes,
         "files": _file_digests(plan) | carried_digests(plan),
@@ -125,15 +138,23 @@ def _file_digests(plan: Plan) -> dict[str, str]:
 
 def input_sizes(plan: Plan, inputs: Mapping[str, Sequence[int]]) -> dict[str, dict[str, int]]:
     """Bytes of every weight file by model, from the stamps of all (see write.input_stamps)."""
-    return {m.public_name: {f.name: inputs[str(f)][0] for f in m.files()} for m in plan.models}
+    return {
+        model.public_name: {_told(file, model): inputs[str(file)][0] for file in model.files()}
+        for model in plan.models
+        if not model.computed
+    }
 
 
-def told_inputs(plan: Plan, digests: Mapping[str, StepDigests]) -> list[dict[str, Any]]:
-    """Per model its name, commit, and one digest of all tensors that were read from it."""
+def _told(file: Path, model: Model) -> str:
+    """The name of one of a model's files; of those beside its folder, with the folder that they are in."""
+    return f"{file.parent.name}/{file.name}" if file in model.beside else file.name
+
+
+def told_inputs(plan: Plan, digests: Iterable[tuple[Operand, str]]) -> list[dict[str, Any]]:
+    """Per model its name, commit, and one digest of all tensors that the last merge read from it."""
     tensors: list[dict[str, str]] = [{} for _ in plan.models]
-    for step in plan.steps:
-        for operand, digest in zip(step.inputs, digests[step.name].inputs, strict=True):
-            tensors[operand.model][operand.tensor] = digest
+    for operand, digest in digests:
+        tensors[operand.model][operand.tensor] = digest
     return [
         {
             "model": model.public_name,
@@ -145,42 +166,73 @@ def told_inputs(plan: Plan, digests: Mapping[str, StepDigests]) -> list[dict[str
     ]
 
 
-def resolved(plan: Plan) -> dict[str, Any]:
-    """The recipe with every default filled in, as a recipe again; no path of this machine."""
-    recipe = plan.recipe
-    names = {
-        label: model.public_name for label, model in zip(_labels(plan), plan.models, strict=True)
-    }
+def _read_by_steps(plan: Plan, digests: Mapping[str, StepDigests]) -> Iterator[tuple[Operand, str]]:
+    for step in plan.steps:
+        yield from zip(step.inputs, digests[step.name].inputs, strict=True)
+
+
+def resolved(plan: Plan) -> list[dict[str, Any]]:
+    """The recipe with every default filled in, as a recipe again, the merges that it merges before it; no
+    path of this machine."""
+    names = {model.label: model.public_name for model in plan.models}
+    stages = plan.recipe.stages.items()
+    named = [
+        {key: value for key, value in _resolved(stage, names).items() if key not in OF_THE_LAST}
+        | {"name": name}
+        for name, stage in stages
+    ]
+    return [*named, _resolved(plan.recipe, names)]
+
+
+def _resolved(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
     sections = recipe.sections
     out: dict[str, Any] = {"merge_method": recipe.method.name}
     if sections.base_model:
         out["base_model"] = names[sections.base_model]
-    out["models"] = [
-        {"model": names[label]} | ({"parameters": _values(settings)} if settings else {})
-        for label, settings in zip(recipe.models, recipe.settings, strict=True)
-    ]
-    if shared := _values(recipe.shared):
-        out["parameters"] = shared
-    if sections.tokenizer_source:
-        out["tokenizer_source"] = names.get(sections.tokenizer_source, sections.tokenizer_source)
-    keep = (
-        "dtype",
-        "out_dtype",
-        "compat",
-        "missing_tensors",
-        "extra_tensors",
-        "allow_nonfinite",
-        "shard_size",
-    )
-    out |= {key: getattr(sections, key) for key in keep if getattr(sections, key) is not None}
+    parts = {part.module: _part(part, recipe, names) for part in recipe.parts}
+    out |= parts.pop(None, {})
+    if parts:
+        out["modules"] = parts
+    if source := sections.vocabulary:
+        out["tokenizer_source"] = names.get(source, source)
+    out |= {key: getattr(sections, key) for key in KEPT if getattr(sections, key)}
+    if sections.adapter:
+        out["adapter"] = sections.adapter.model_dump(exclude_none=True)
     return out
 
 
-def _labels(plan: Plan) -> list[str]:
-    return [model.label for model in plan.models]
+def _part(part: Part, recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    first = part.slices[0]
+    if first.layers is None:
+        return {"models": _entries(first, names)} | _parameters(first.shared)
+    slices = [
+        {"sources": _entries(piece, names)}
+        | (
+            {"base_model": names[piece.base]}
+            if piece.base and piece.base != recipe.sections.base_model
+            else {}
+        )
+        | _parameters(piece.shared)
+        for piece in part.slices
+    ]
+    return {"slices": slices}
 
 
-def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _entries(piece: Slice, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"model": names[entry.model]}
+        | ({"layer_range": list(entry.layers)} if entry.layers else {})
+        | _parameters(entry.settings)
+        for entry in piece.entries
+    ]
+
+
+def _parameters(settings: Settings) -> dict[str, Any]:
+    values = _values(settings)
+    return {"parameters": values} if values else {}
+
+
+def _values(settings: Settings) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, setting in settings.items():
         shown = [
@@ -196,9 +248,8 @@ def _values(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_card(plan: Plan) -> str:
     """README.md with the hub's metadata: base models, that they were merged, and the recipe."""
-    parents = sorted({m.public_name for i, m in enumerate(plan.models) if i != plan.base}) or [
-        plan.models[0].public_name
-    ]
+    merged = (m for i, m in enumerate(plan.models) if i != plan.base and not m.computed)
+    parents = sorted({model.public_name for model in merged}) or [plan.models[0].public_name]
     bases = [plan.models[plan.base].public_name] if plan.base is not None else []
     meta = {
         "library_name": "transformers",
@@ -206,7 +257,7 @@ def model_card(plan: Plan) -> str:
         "base_model": list(dict.fromkeys(bases + parents)),
         "base_model_relation": "merge",
     }
-    recipe = yaml.safe_dump(resolved(plan), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump_all(resolved(plan), sort_keys=False, allow_unicode=True)
     method = plan.recipe.method
     listed = "\n".join(f"- {name}" for name in meta["base_model"])
     paper = f" ({method.paper})" if method.paper else ""

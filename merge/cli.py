@@ -18,7 +18,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON docu
 
 
 def _a_size(context: click.Context, option: click.Parameter, value: str) -> str:
-    from merge.recipe import parse_size
+    from merge.sections import parse_size
 
     try:
         parse_size(value)
@@ -152,12 +152,17 @@ def run_command(
 
 def _scoring_wanted(file: Path, wanted: bool | None) -> Any:
     """The score section and its suite, or None; a suite that cannot run is refused before the merge."""
-    from merge.recipe import ScoreSection, load_recipe
+    from merge.recipe import load_recipe
     from merge.score import Suite, check_installed
+    from merge.sections import ScoreSection
 
-    section = load_recipe(file).sections.score or (ScoreSection() if wanted else None)
+    sections = load_recipe(file).sections
+    section = sections.score or (ScoreSection() if wanted else None)
     if section is None or wanted is False:
         return None
+    if sections.adapter:
+        todo = "merge it into its base (model: base+adapter) and score that"
+        raise RequestError(f"{file}: --score: the result is an adapter; {todo}")
     check_installed()
     return section, Suite.named(section.suite)
 
@@ -169,13 +174,20 @@ def _said_result(result: Any) -> str:
     if result.existed:
         done = "is this merge already; verified"
     facts = result.verified
-    return f"{result.folder}: {done}: {facts['tensors']} tensors, {_bytes(facts['bytes'])}"
+    size = f"{facts['tensors']} tensors, {_bytes(facts['bytes'])}"
+    if "layers" in facts:
+        size += f"; an adapter of {facts['layers']} modules that misses {facts['error']:.2%} of the change"
+    return f"{result.folder}: {done}: {size}"
 
 
 def _scored_beside_parents(result: Any, section: Any, suite: Any) -> Any:
     from merge.score import score_models
 
-    parents = list(result.plan.models) if section.parents else []
+    stored = [m for m in result.plan.models if section.parents and not m.computed]
+    for model in (m for m in stored if m.beside):
+        what = "is not scored, having no folder of its own; merge it alone and score that"
+        click.echo(f"note: {model.label}: {what}", err=True)
+    parents = [m for m in stored if not m.beside]
     folders = [result.folder, *(m.folder for m in parents)]
     labels = [result.folder.name, *(m.label for m in parents)]
     with _progress("score", len(folders) * len(suite.tasks)) as count:
@@ -203,13 +215,12 @@ def plan_command(
 
     Example: mergetool plan recipe.yaml --memory 2GiB --tensor layers.3.mlp
     """
-    from merge.budget import make_budget
     from merge.output import free_bytes
-    from merge.pipeline import plan_recipe
+    from merge.pipeline import budget_of, plan_recipe
     from merge.plan import output_folder
 
     plan = plan_recipe(find_recipe(recipe), offline=offline, peek=True)
-    budget = make_budget(plan, memory, threads)
+    budget = budget_of(plan, memory, threads)
     where = output or plan.recipe.sections.output
     folder = output_folder(plan.recipe, output) if where else Path()
     chosen = [s for s in plan.steps if any(t in s.name for t in tensors)]
@@ -220,7 +231,7 @@ def plan_command(
         "models": [m.label for m in plan.models],
         "steps": len(plan.steps),
         "read_bytes": plan.read_bytes,
-        "write_bytes": plan.write_bytes,
+        "write_bytes": None if plan.recipe.sections.adapter else plan.write_bytes,
         "peak_bytes": budget.peak,
         "free_bytes": free_bytes(folder),
         "threads": budget.threads,
@@ -228,7 +239,12 @@ def plan_command(
         "notes": list(plan.notes),
     }
     shown = {
-        s.name: {"shape": s.shape, "dtype": s.dtype, "parameters": dict(s.parameters)}
+        s.name: {
+            "shape": s.shape,
+            "dtype": s.dtype,
+            "inputs": [[plan.models[o.model].label, o.tensor] for o in s.inputs],
+            "parameters": dict(s.parameters),
+        }
         for s in chosen
     }
     if as_json:
@@ -237,18 +253,26 @@ def plan_command(
     _say_plan(plan, facts, str(folder) if where else "no output yet", memory)
     for step in chosen:
         values = ", ".join(f"{k}={v}" for k, v in step.parameters.items())
-        click.echo(f"{step.name} {list(step.shape)} {step.dtype}: {values}")
+        how = "copied" if step.copy else f"{step.method.name}: {values}"
+        origins = dict.fromkeys(o.tensor for o in step.inputs if o.tensor != step.name)
+        of = f" of {', '.join(origins)}" if origins else ""
+        click.echo(f"{step.name} {list(step.shape)} {step.dtype}: {how}{of}")
 
 
 def _say_plan(plan: "Plan", facts: dict[str, Any], place: str, memory: str) -> None:
-    based = plan.recipe.task_vectors
-    models = f"{len(plan.models) - based} models{' on a base' if based else ''}"
+    based = any(piece.task_vectors for piece in plan.recipe.slices)
+    count = sum(not model.computed for model in plan.models) - based
+    models = f"{count} model{'s' * (count != 1)}{' on a base' if based else ''}"
     click.echo(f"{facts['method']} of {models}, {len(plan.steps)} tensors")
     for i, model in enumerate(plan.models):
-        click.echo(f"  {model.label}{'  (base)' if i == plan.base else ''}")
+        role = "  (base)" if i == plan.base else "  (merged on the way)" if model.computed else ""
+        click.echo(f"  {model.label}{role}")
     free, peak = _bytes(facts["free_bytes"]), f"{facts['peak_bytes'] / 2**20:.0f} MiB"
     click.echo(f"reads          {_bytes(plan.read_bytes)}")
-    click.echo(f"writes         {_bytes(plan.write_bytes)} to {place}; {free} free")
+    adapter = plan.recipe.sections.adapter
+    rank = f" of rank {adapter.rank} at most" if adapter and adapter.rank else ""
+    what = f"an adapter{rank}" if adapter else _bytes(plan.write_bytes)
+    click.echo(f"writes         {what} to {place}; {free} free")
     click.echo(f"projected peak {peak} with {facts['threads']} threads (cap {memory})")
     _say_notes(plan)
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.fuse import BINS, LANES, Loop, UntraceableError, traced
-from merge.methods import Counts, Method, Models, Passes, Statistic, Sums
+from merge.fuse import BINS, LANES, ROW_LANES, Loop, UntraceableError, traced
+from merge.methods import Counts, Method, OfRows, Passes, Request, Statistic
 from merge.numerics import (
     INFINITY,
     STORAGE,
@@ -27,6 +27,7 @@ from merge.numerics import (
     from_float32,
     largest_magnitude,
     random_key,
+    row_sums,
     to_float32,
 )
 from merge.plan import Step
@@ -42,9 +43,12 @@ class Formula:
     """The arithmetic of one step of a plan."""
 
     step: Step
-    method: Method
     fuse: bool
     allow_nonfinite: bool
+
+    @property
+    def method(self) -> Method:
+        return self.step.method
 
     @property
     def merges_as_it_reads(self) -> bool:
@@ -65,10 +69,12 @@ class Formula:
         of the result were seen to be finite; if not, some may be."""
         # half precision has no integer shortcut: its loop ends in float32
         dtype = self.step.dtype if self.step.dtype in ("BF16", "F32") else "F32"
+        found = stats if isinstance(stats, OfRows) else OfRows(None, stats)
 
         def merged(raws: Sequence[Any], elements: Callable[[], Counter]) -> list[Any]:
-            x, base = self._operands(raws)
-            given = {"x": x, "stats": stats, "random": lambda i: elements().random(self._key(i))}
+            x, base, of_rows = self._operands(raws)
+            given = {"x": x, "stats": found.stats, "of_rows": of_rows}
+            given["random"] = lambda i: elements().random(self._key(i))
             out = self.method.function(*(given[n] for n in self.method.takes), **self._arguments)
             if base is not None:
                 out = base + out
@@ -76,31 +82,31 @@ class Formula:
                 out[np.isnan(out)] = np.nan  # other NaNs could carry into infinity when rounded
             return [from_float32(out, dtype)]
 
-        function = self._compiled(merged, "store")
+        function = self._compiled(merged, "store", found.of_rows)
         if dtype == self.step.dtype:
             return function.checked
         return lambda grain: (from_float32(function(grain)[0], self.step.dtype), False)
 
-    def measuring(self, request: Sums | Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
+    def measuring(self, request: Request) -> Callable[[Iterable[Grain]], list[Statistic]]:
         """A function from grains to their statistics: one each, or (integers) one for all."""
-        expression: Callable[[Models], Iterable[Any]]
         if isinstance(request, Counts):
-            expression, kind = request.bins, "count"
-        else:
-            expression, kind = request.terms, "columns" if request.by_column else "sum"
-        function = self._compiled(lambda raws, _: expression(self._operands(raws)[0]), kind)
+            return self._counting(request)
+        kind = "columns" if request.by_column else "rows" if request.by_row else "sum"
+        function = self._compiled(lambda raws, _: request.terms(self._operands(raws)[0]), kind)
         if kind == "sum":
             return lambda grains: [
                 np.array([folded(lanes) for lanes in function(grain)]) for grain in grains
             ]
+        if kind == "rows":
+            return lambda grains: [np.stack(function(grain)) for grain in grains]
+        return _added(function)
 
-        def added(grains: Iterable[Grain]) -> list[Statistic]:
-            total: list[Any] | None = None
-            for grain in grains:
-                total = function(grain, total)
-            return [np.stack(total)] if total else []
+    def _counting(self, request: Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
+        def bins(raws: Sequence[Any], _: Any) -> Iterable[Any]:
+            x, _, of_rows = self._operands(raws)
+            return request.bins(x) if of_rows is None else request.bins(x, of_rows)
 
-        return added
+        return _added(self._compiled(bins, "count", request.of_rows))
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -109,25 +115,31 @@ class Formula:
     def _key(self, model: int) -> int:
         return random_key(self.step.parameters.get("seed", 0), self.step.name, model)
 
-    def _operands(self, raws: Sequence[Any]) -> tuple[list[Array], Array | None]:
-        """The inputs as float32, the base taken off where there is one."""
+    def _operands(self, raws: Sequence[Any]) -> tuple[list[Array], Array | None, Array | None]:
+        """The inputs as float32, the base taken off where there is one; the base; the numbers of the rows
+        where these come last."""
         dtypes = [operand.info.dtype for operand in self.step.inputs]
+        of_rows = raws[-1] if len(raws) > len(dtypes) else None
         x = [
             to_float32(raw, "F32" if raw.dtype == np.float32 else dtype)
-            for raw, dtype in zip(raws, dtypes, strict=True)
+            for raw, dtype in zip(raws, dtypes, strict=False)
         ]
         if self.step.base is None:
-            return x, None
+            return x, None, of_rows
         base, *models = x
-        return [model - base for model in models], base
+        return [model - base for model in models], base, of_rows
 
-    def _compiled(self, expression: Expression, kind: str) -> "_GrainFunction":
-        return _GrainFunction(expression, kind, self._loop(expression, kind), self.fuse)
+    def _compiled(
+        self, expression: Expression, kind: str, of_rows: Array | None = None
+    ) -> "_GrainFunction":
+        loop = self._loop(expression, kind, of_rows is not None)
+        return _GrainFunction(expression, kind, loop, self.fuse, of_rows)
 
-    def _loop(self, expression: Expression, kind: str) -> Loop | None:
+    def _loop(self, expression: Expression, kind: str, of_rows: bool) -> Loop | None:
         if not self.fuse or kind == "columns":
             return None
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
+        dtypes += [np.dtype(np.float32)] * of_rows
         try:
             return traced(
                 lambda raws, index, high: list(expression(raws, lambda: Counter(index, high))),
@@ -136,6 +148,18 @@ class Formula:
             )
         except UntraceableError:
             return None
+
+
+def _added(function: "_GrainFunction") -> Callable[[Iterable[Grain]], list[Statistic]]:
+    """Integers of all grains in one."""
+
+    def total_of(grains: Iterable[Grain]) -> list[Statistic]:
+        total: list[Any] | None = None
+        for grain in grains:
+            total = function(grain, total)
+        return [np.stack(total)] if total else []
+
+    return total_of
 
 
 def _loop_dtype(dtype: str) -> "np.dtype[Any]":
@@ -154,6 +178,17 @@ def _lanes(values: Any) -> Any:
     return lanes
 
 
+def _row_lanes(values: Any) -> Any:
+    """Element i of a row added to its lane i % ROW_LANES, in order; then the sums of the lanes."""
+    rows, cols = values.shape
+    whole = cols // ROW_LANES * ROW_LANES
+    lanes = np.zeros((rows, min(cols, ROW_LANES)))
+    if whole:
+        lanes += np.add.reduce(values[:, :whole].reshape(rows, -1, ROW_LANES), axis=1)
+    lanes[:, : cols - whole] += values[:, whole:]
+    return row_sums(lanes)
+
+
 def _counted(values: Any) -> Any:
     return np.bincount(values[values < BINS], minlength=BINS)
 
@@ -163,6 +198,7 @@ _LIMITS = {STORAGE[name].str[1:]: INFINITY[name] for name in ("BF16", "F32", "F6
 _REDUCED: dict[str, Callable[[Any], Any]] = {
     "store": lambda v: v,
     "sum": _lanes,
+    "rows": _row_lanes,
     "count": _counted,
     "columns": lambda v: v.sum(axis=0),
 }
@@ -179,9 +215,11 @@ class _GrainFunction:
     kind: str
     loop: Loop | None
     fuse: bool  # then memory is planned for the arrays of one thread at a time
+    of_rows: Array | None = None  # [rows of the tensor]; the last input of the expression
 
     def __call__(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
         """One array per result; counts are added to `total` where it is given."""
+        grain = self._with_rows(grain)
         if self._by_loop_now():
             return self.by_loop(grain, total)[0]
         return self._added(self._tried(grain) if self.fuse else self.by_numpy(grain), total)
@@ -190,11 +228,21 @@ class _GrainFunction:
         """The one result that is stored, and whether the loop saw nothing but finite values."""
         if not self._by_loop_now():
             return self(grain)[0], False
-        results, largest = self.by_loop(grain)
+        results, largest = self.by_loop(self._with_rows(grain))
         assert self.loop is not None
         types = (*self.loop.inputs, *self.loop.outputs)
         finite = all(found < _LIMITS[t.str[1:]] for found, t in zip(largest, types, strict=True))
         return results[0], finite
+
+    def _with_rows(self, grain: Grain) -> Grain:
+        """With the numbers of its rows as the last input, each repeated along its row."""
+        if self.of_rows is None:
+            return grain
+        raws, element = grain
+        rows, cols = raws[0].shape
+        first = element // cols
+        mine = self.of_rows[first : first + rows, None]
+        return [*raws, np.broadcast_to(mine, (rows, cols))], element
 
     def _by_loop_now(self) -> bool:
         return self.fuse and self.loop is not None and _trusted.get(self.loop.source, False)
@@ -239,14 +287,16 @@ class _GrainFunction:
         """The results, and what Loop.run tells."""
         assert self.loop is not None
         raws, first = grain
-        flat = [_widened(raw).reshape(-1) for raw in raws]
+        flat = [np.ascontiguousarray(_widened(raw)).reshape(-1) for raw in raws]
         if self.kind == "store":
             out: list[Any] = [np.empty(flat[0].size, dtype) for dtype in self.loop.outputs]
         elif self.kind == "sum":
             out = [np.zeros(LANES) for _ in self.loop.outputs]
+        elif self.kind == "rows":
+            out = [np.zeros(len(raws[0])) for _ in self.loop.outputs]
         else:
             out = total or [np.zeros(BINS, np.int64) for _ in self.loop.outputs]
-        largest = self.loop.run(first, flat, out)
+        largest = self.loop.run(first, flat, out, raws[0].shape[1])
         shaped = [o.reshape(raws[0].shape) for o in out] if self.kind == "store" else out
         return shaped, largest
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 LANES = 1024  # partial sums of a grain: element i is added to lane i % LANES
 BINS = 1 << 16  # a count statistic has so many bins; larger values are not counted
+ROW_LANES = 64  # of a row: element i is added to lane i % ROW_LANES
 CHUNK = 2048  # elements whose bins are computed before they are counted
 
 
@@ -30,7 +31,7 @@ class UntraceableError(Exception):
     """The function does something that is not an element-wise numpy operation known here."""
 
 
-_TYPES = {"f4": "float", "f8": "double", "u2": "i16", "u4": "i32", "b1": "i1"}
+_TYPES = {"f4": "float", "f8": "double", "u2": "i16", "u4": "i32", "u8": "i64", "b1": "i1"}
 _FLOAT = {
     "add": "fadd {t} {a}, {b}", "subtract": "fsub {t} {a}, {b}", "multiply": "fmul {t} {a}, {b}",
     "divide": "fdiv {t} {a}, {b}", "negative": "fneg {t} {a}",
@@ -80,6 +81,11 @@ class Symbol(NDArrayOperatorsMixin):
         target: Symbol = out[0]
         target.name = self.trace.cast(result, target.dtype)
         return target
+
+    def __array_function__(self, function: Any, types: Any, inputs: Any, options: Any) -> "Symbol":
+        if function is not np.where or len(inputs) != 3 or options:
+            raise UntraceableError(f"numpy.{function.__name__}")
+        return self.trace.chosen(*inputs)
 
     def astype(self, dtype: Any, copy: bool = True) -> "Symbol":
         wanted = np.dtype(dtype)
@@ -150,6 +156,13 @@ class _Trace:
         shifted = self.emit(f"{how} {t} {a}, {by.name}", dtype)
         return self.emit(f"select i1 {few.name}, {t} {shifted.name}, {t} 0", dtype)
 
+    def chosen(self, condition: Any, a: Any, b: Any) -> Symbol:
+        """numpy.where."""
+        dtype = np.result_type(*(v.dtype if isinstance(v, Symbol) else v for v in (a, b)))
+        which, t = self.cast(condition, np.dtype(np.bool_)), _type(dtype)
+        a, b = self.cast(a, dtype), self.cast(b, dtype)
+        return self.emit(f"select i1 {which}, {t} {a}, {t} {b}", dtype)
+
     def cast(self, value: Any, dtype: np.dtype[Any]) -> str:
         """The name of `value` (a symbol or a number) as `dtype`."""
         if not isinstance(value, Symbol):
@@ -201,9 +214,14 @@ class Loop:
     outputs: tuple[np.dtype[Any], ...]
 
     def run(
-        self, first: int, inputs: Sequence[NDArray[Any]], out: Sequence[NDArray[Any]]
+        self,
+        first: int,
+        inputs: Sequence[NDArray[Any]],
+        out: Sequence[NDArray[Any]],
+        cols: int = 1,
     ) -> NDArray[np.uint64]:
-        """One pass over `inputs` (flat, equally long); `first`: number of their first element.
+        """One pass over `inputs` (flat, equally long); `first`: number of their first element; `cols`:
+        elements of a row, where rows matter.
 
         Of a "store" loop, the result is the largest bits without sign of each input and each output:
         from those of infinity on, it holds an infinity or a NaN. Raises UntraceableError where the loop
@@ -215,7 +233,7 @@ class Loop:
         assert all(array.size == inputs[0].size for array in inputs)
         largest = np.zeros(len(inputs) + len(out), np.uint64)
         places = (array.ctypes.data for array in (*arrays, largest))
-        compiled(inputs[0].size, first & 0xFFFFFFFF, first >> 32, *places)
+        compiled(inputs[0].size, cols, first & 0xFFFFFFFF, first >> 32, *places)
         return largest
 
 
@@ -225,7 +243,8 @@ def traced(
     """`function(symbols, index, index_high)` -> arrays, as a loop; raises UntraceableError.
 
     kind "store": the arrays are written out. "sum": each is summed over LANES lanes into float64
-    [LANES]. "count": each (uint32) is counted into int64 [BINS]; values from BINS on are left out.
+    [LANES]. "rows": each row is summed over ROW_LANES lanes, which numerics.row_sums adds up, into
+    float64 [rows]. "count": each (uint32) is counted into int64 [BINS]; values from BINS on are left out.
     index: uint32 number of the element, modulo 2**32; index_high: what is above, of the first element.
     """
     trace, u4 = _Trace(), np.dtype(np.uint32)
@@ -250,18 +269,21 @@ def _load(trace: _Trace, array: str, dtype: "np.dtype[Any]") -> str:
 
 
 def _source(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol], kind: str) -> str:
-    """A function of (elements, number of the first, its high part, then places in memory)."""
+    """A function of (elements, those of a row, number of the first, its high part, places in memory)."""
     places = ["f4", "f8", "u4", *(f"x{i}" for i in range(len(loaded)))]
     places += [*(f"out{i}" for i in range(len(results))), "largest"]
     arguments = ", ".join(f"ptr noalias %{name}" for name in places)
-    lines = [f"define void @loop(i64 %n, i32 %first, i32 %high, {arguments}) {{", "entry:"]
+    lines = [
+        f"define void @loop(i64 %n, i64 %cols, i32 %first, i32 %high, {arguments}) {{",
+        "entry:",
+    ]
     for k, known in trace.numbers.items():
         t = _TYPES[k]
         for i in range(len(known)):
             lines += [f"%{k}_at_{i} = getelementptr {t}, ptr %{k}, i64 {i}"]
             lines += [f"%{k}_{i} = load {t}, ptr %{k}_at_{i}"]
-    body = {"store": _store_body, "sum": _sum_body, "count": _count_body}[kind]
-    lines += [*body(trace, loaded, results), "done:", "ret void", "}"]
+    body = {"store": _store_body, "sum": _sum_body, "rows": _row_body, "count": _count_body}
+    lines += [*body[kind](trace, loaded, results), "done:", "ret void", "}"]
     return "\n".join([*lines, *_DECLARATIONS, ""])
 
 
@@ -294,17 +316,80 @@ def _store_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbo
 
 def _sum_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
     """LANES elements at a time, each added to its lane."""
+    lanes = [f"%out{i}" for i in range(len(results))]
+    return _in_parts(LANES, _to_lanes(trace, results, lanes), [])
+
+
+def _to_lanes(trace: _Trace, results: Sequence[Symbol], lanes: Sequence[str]) -> list[str]:
+    """Element %j of a part, added to number %j of `lanes` (float64 arrays)."""
     lines = ["%i = add i64 %start, %j", *trace.lines]
-    for i, result in enumerate(results):
+    for i, (result, array) in enumerate(zip(results, lanes, strict=True)):
         if result.dtype != np.float64:
             raise UntraceableError(f"sums of type {result.dtype}")
-        lines += [
-            f"%p{i} = getelementptr double, ptr %out{i}, i64 %j",
-            f"%sum{i} = load double, ptr %p{i}",
-            f"%more{i} = fadd double %sum{i}, {result.name}",
-            f"store double %more{i}, ptr %p{i}",
-        ]
-    return _in_parts(LANES, lines, [])
+        lines += _plus(f"%sum{i}", array, "%j", result.name)
+    return lines
+
+
+def _row_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
+    """ROW_LANES elements of a row at a time, each added to its lane; then the lanes are halved."""
+    lanes = [f"%lanes{i}" for i in range(len(results))]
+    row = "%row = phi i64 [ 0, %entry ], [ %row_next, %summed ]"
+    place = ("%at", "new_row")
+    totals: list[str] = []
+    for i, array in enumerate(lanes):
+        totals += [f"%total{i} = load double, ptr {array}"]
+        totals += _store(f"%o{i}", f"double %total{i}", f"%out{i}", "%row")
+    return [
+        *(f"{array} = alloca double, i64 {ROW_LANES}" for array in lanes),
+        f"%narrow = icmp slt i64 %cols, {ROW_LANES}",
+        f"%width = select i1 %narrow, i64 %cols, i64 {ROW_LANES}",
+        *_counting("new_row", "%at", "%n", [row], "summed"),
+        *(f"store [{ROW_LANES} x double] zeroinitializer, ptr {array}" for array in lanes),
+        "%end = add i64 %at, %cols",
+        "br label %part",
+        *_parts(ROW_LANES, _to_lanes(trace, results, lanes), [], place, "%end", "halve"),
+        *_halved(lanes),
+        "summed:",
+        *totals,
+        "%row_next = add i64 %row, 1",
+        "%at_next = add i64 %at, %cols",
+        "%at_more = icmp slt i64 %at_next, %n",
+        "br i1 %at_more, label %new_row, label %done",
+    ]
+
+
+def _halved(lanes: Sequence[str]) -> list[str]:
+    """The first %width lanes added up into number 0, from block part_done on to block summed."""
+    lines = ["%other = add i64 %k, %half"]
+    for i, array in enumerate(lanes):
+        lines += [f"%q{i} = getelementptr double, ptr {array}, i64 %other"]
+        lines += [f"%right{i} = load double, ptr %q{i}"]
+        lines += _plus(f"%left{i}", array, "%k", f"%right{i}")
+    return [
+        "halve:",
+        "%alive = phi i64 [ %width, %part_done ], [ %half, %halved ]",
+        "%rounded = add i64 %alive, 1",
+        "%half = lshr i64 %rounded, 1",
+        "%pairs = sub i64 %alive, %half",
+        "%k_some = icmp sgt i64 %alive, 1",
+        "br i1 %k_some, label %pair, label %summed",
+        "pair:",
+        "%k = phi i64 [ 0, %halve ], [ %k_next, %pair ]",
+        *lines,
+        *_again("pair", "%k", "%pairs", "halved"),
+        "halved:",
+        "br label %halve",
+    ]
+
+
+def _plus(name: str, array: str, at: str, value: str) -> list[str]:
+    """`value` added to a place of a float64 array."""
+    return [
+        f"{name}_at = getelementptr double, ptr {array}, i64 {at}",
+        f"{name} = load double, ptr {name}_at",
+        f"{name}_more = fadd double {name}, {value}",
+        f"store double {name}_more, ptr {name}_at",
+    ]
 
 
 def _count_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
@@ -339,10 +424,30 @@ def _count_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbo
 
 
 def _in_parts(size: int, lines: Sequence[str], then: Sequence[str]) -> list[str]:
-    """`lines` for %j below %count, the elements of a part from %start on; `then` after each part."""
+    """_parts of all elements."""
     return [
-        *_counting("part", "%start", "%n", [], "part_done"),
-        "%left = sub i64 %n, %start",
+        "%start_some = icmp sgt i64 %n, 0",
+        "br i1 %start_some, label %part, label %done",
+        *_parts(size, lines, then, ("0", "entry"), "%n", "done"),
+    ]
+
+
+def _parts(
+    size: int,
+    lines: Sequence[str],
+    then: Sequence[str],
+    first: tuple[str, str],
+    end: str,
+    done: str,
+) -> list[str]:
+    """`lines` for %j below %count, the elements of a part from %start on; `then` after each part.
+
+    From block part on, entered from block first[1], for the elements from first[0] to `end`; then `done`.
+    """
+    return [
+        "part:",
+        f"%start = phi i64 [ {first[0]}, %{first[1]} ], [ %start_next, %part_done ]",
+        f"%left = sub i64 {end}, %start",
         f"%short = icmp slt i64 %left, {size}",
         f"%count = select i1 %short, i64 %left, i64 {size}",
         "br label %inner",
@@ -355,8 +460,8 @@ def _in_parts(size: int, lines: Sequence[str], then: Sequence[str]) -> list[str]
         "br label %part_done",
         "part_done:",
         f"%start_next = add i64 %start, {size}",
-        "%start_more = icmp slt i64 %start_next, %n",
-        "br i1 %start_more, label %part, label %done",
+        f"%start_more = icmp slt i64 %start_next, {end}",
+        f"br i1 %start_more, label %part, label %{done}",
     ]
 
 
@@ -429,7 +534,6 @@ def _compile(source: str, places: int) -> Callable[..., None]:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     _engines.append(engine)
-    of = ctypes.CFUNCTYPE(
-        None, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32, *[ctypes.c_void_p] * places
-    )
+    numbers = (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32)
+    of = ctypes.CFUNCTYPE(None, *numbers, *[ctypes.c_void_p] * places)
     return of(engine.get_function_address("loop"))

@@ -4,6 +4,7 @@ An aspect reads what one key (or a few) says of each layer and can write it for 
 architecture takes it. Which architecture reads what is data; the periods are those of transformers.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,6 +90,7 @@ ONE_OR_EACH = {  # numbers of all layers, or lists with one for each
     *("moe_layer_freq", "moe_topk", "num_shared_expert", "moe_intermediate_size", "num_experts"),
     "sliding_window",
 }
+NUMBER = re.compile("[0-9]{1,9}")  # of a layer, as text
 
 
 def aspects(tables: Sequence[tuple[Section, int]]) -> Iterator[Aspect]:
@@ -131,7 +133,7 @@ def indexed(key: str, first: int) -> Aspect:
         holder = table.get(outer) if outer else table
         value = holder.get(inner) if isinstance(holder, Mapping) else None
         if isinstance(value, str):
-            value = [int(number) for number in value.split(",") if number.strip().isdecimal()]
+            value = [int(number) for number in value.split(",") if NUMBER.fullmatch(number.strip())]
         return [i + first in value for i in range(layers)] if isinstance(value, list) else None
 
     def write(table: Section, kinds: Kinds) -> dict[str, Any]:
@@ -322,7 +324,7 @@ def _write_attention_types(table: Section, kinds: Kinds) -> dict[str, Any]:
 
 def _read_overrides(table: Section, layers: int) -> Kinds | None:
     said = table.get("per_layer_config")
-    if not isinstance(said, dict) or not all(number.isdecimal() for number in said):
+    if not isinstance(said, dict) or not all(map(NUMBER.fullmatch, said)):
         return None
     numbered = {int(number): value for number, value in said.items()}
     return [numbered.get(i) for i in range(layers)]

@@ -41,15 +41,20 @@ _Loader.add_implicit_resolver(
 _ALIAS_LIMIT = 100_000  # nodes; a recipe is read by people, an alias bomb is not
 
 
-def load_yaml(text: str, file: str) -> tuple[dict[str, Any], Lines]:
-    """The table in `text` and where its values stand; raises RecipeError."""
-    lines: dict[Path, int] = {(): 1}
+def load_documents(text: str, file: str) -> list[tuple[dict[str, Any], Lines]]:
+    """The tables in `text`, one for each document that is not empty, and where their values stand;
+    raises RecipeError."""
+    found: list[tuple[dict[str, Any], Lines]] = []
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is not None:
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            lines: dict[Path, int] = {(): node.start_mark.line + 1}
             _collect_lines(node, (), lines, file)
-        data = loader.construct_document(node) if node is not None else None
+            data = loader.construct_document(node)
+            if data is not None:
+                found.append((_table(data, lines[()], file), Lines(file, lines)))
     except RecipeError:
         raise
     except yaml.MarkedYAMLError as error:
@@ -65,12 +70,18 @@ def load_yaml(text: str, file: str) -> tuple[dict[str, Any], Lines]:
         Exception
     ) as error:  # PyYAML meets a wrong !!timestamp with AttributeError, !!bool with KeyError
         raise RecipeError(f"{file}:1: not YAML: {' '.join(str(error).split())}") from None
+    return found or [(_table(None, 1, file), Lines(file, {}))]
+
+
+def _table(data: Any, line: int, file: str) -> dict[str, Any]:
+    if data is None:
+        raise RecipeError(f"{file}:{line}: is empty; a recipe has merge_method and models at least")
     if not isinstance(data, dict):
         raise RecipeError(
-            f"{file}:1: a recipe is a table of keys such as merge_method and models, not "
+            f"{file}:{line}: a recipe is a table of keys such as merge_method and models, not "
             f"{type(data).__name__}"
         )
-    return data, Lines(file, lines)
+    return data
 
 
 def _collect_lines(node: yaml.Node, path: Path, lines: dict[Path, int], file: str) -> None:

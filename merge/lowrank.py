@@ -85,7 +85,7 @@ def factors_of_rows(
 
     rank: of the factors, at most; energy: share of ||D||^2 that they are to keep with the least rank. key:
     of the random start. Reads D PASSES + 2 times, or twice where it has few columns; with an energy again
-    for every doubling. Takes 8 bytes * width * cols a few times over, and a block for each thread.
+    for every doubling. Takes what factoring_bytes says, and a block for each thread.
     """
     blocks = _Blocks(read, shape, threads)
     most = min(*shape) if rank is None else min(rank, *shape)
@@ -107,6 +107,20 @@ def chosen_rank(values: Matrix, total: float, rank: int | None, energy: float | 
         return most
     enough = np.cumsum(values) >= energy * total
     return max(1, min(most, int(np.argmax(enough)) + 1 if enough.any() else len(values)))
+
+
+def factoring_bytes(shape: tuple[int, int], rank: int | None, threads: int) -> int:
+    """Memory of factors_of_rows beside its blocks: Q, its products by each thread and their decomposition in
+    float64, and the factors. Where no rank is given, an energy may ask for all."""
+    rows, cols = shape
+    most = min(rows, cols) if rank is None else min(rank, rows, cols)
+    width = _width(shape, most)
+    return 8 * ((4 + threads) * cols * width + 4 * width * width) + 4 * (rows + cols) * most
+
+
+def joining_bytes(shape: tuple[int, int], rank: int) -> int:
+    """Memory of factors_of_product for pairs of that rank together."""
+    return 8 * (6 * sum(shape) * rank + 4 * rank * rank)
 
 
 def _width(shape: tuple[int, int], rank: int) -> int:
@@ -172,8 +186,8 @@ class _Blocks:
             return work(first, rows)
 
         with ThreadPoolExecutor(self.threads) as pool:
-            for at in range(0, len(firsts), 2 * self.threads):
-                yield from pool.map(one, firsts[at : at + 2 * self.threads])
+            for at in range(0, len(firsts), self.threads):  # no more results alive than threads
+                yield from pool.map(one, firsts[at : at + self.threads])
 
     def gram_times(self, q: Matrix) -> tuple[Matrix, float]:
         """D^T D q and the sum of the squares of D."""

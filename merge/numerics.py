@@ -10,7 +10,7 @@ bfloat16 has no numpy type: it travels as uint16 and is widened and rounded here
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,14 @@ def rows_and_cols(shape: Sequence[int]) -> tuple[int, int]:
 def grain_rows(shape: Sequence[int]) -> int:
     """Rows of one grain: about GRAIN_ELEMENTS elements, at least one row; from the shape alone."""
     return max(1, GRAIN_ELEMENTS // max(1, rows_and_cols(shape)[1]))
+
+
+def grains(
+    shape: Sequence[int], first: int = 0, end: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """(first row, end row) of every grain of a tensor from row `first`, which starts one, to `end`."""
+    step, end = grain_rows(shape), rows_and_cols(shape)[0] if end is None else end
+    return ((start, min(start + step, end)) for start in range(first, end, step))
 
 
 def to_float32(raw: Raw, dtype: str) -> Array:
@@ -121,21 +129,26 @@ def row_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values[:, 0]
 
 
+WHOLE = 1.5 * 2.0**52  # added to a number rounds it to a whole one, in the lowest bits
 LN2 = 6.93147180369123816490e-01, 1.90821492927058770002e-10  # log(2); n times the first is exact
 
 
 def exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """e**x for x from -800 to 700, within 2 units in the last place, of the same bits on every machine
+    """e**x for x from -700 to 700, within 2 units in the last place, of the same bits on every machine
     (numpy.exp is another function on another processor): 2**n times a series around 0."""
-    n = np.rint(x * (1.0 / math.log(2.0)))
+    shifted = x * (1.0 / math.log(2.0)) + WHOLE
+    n = shifted - WHOLE
     rest = x - n * LN2[0]
     rest -= n * LN2[1]
-    out = np.full_like(rest, 1.0 / math.factorial(13))
-    for k in range(12, -1, -1):
+    out = rest * (1.0 / math.factorial(13))
+    out += 1.0 / math.factorial(12)
+    for k in range(11, -1, -1):
         out *= rest
         out += 1.0 / math.factorial(k)
-    scaled: NDArray[np.float64] = np.ldexp(out, n.astype(np.int32))
-    return scaled
+    out *= ((shifted.view(np.uint64) + 1023) << 52).view(
+        np.float64
+    )  # the exponent's bits: n + bias
+    return out
 
 
 def pairwise(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -1,24 +1,20 @@
 """Is the output folder a place for this merge: free, large enough, or this very merge already?"""
 
-import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from merge.agreement import canonical
+from merge.budget import Budget
 from merge.carry import carried_digests, input_sizes, told_inputs
 from merge.errors import OutputError, PlanError
-from merge.numerics import combined_digest, grain_digest, grain_rows
 from merge.plan import Operand, Plan
-from merge.sources import Source
-from merge.stream import StepDigests
-from merge.verify import Place, provenance_of, stored_digest
+from merge.reader import Reader
+from merge.verify import provenance_of
 from merge.write import input_stamps, layout, partial_of
 
 SPARE_FILES = 64  # of the interpreter, libraries, journal and lock
@@ -49,14 +45,13 @@ def usable(folder: Path, plan: Plan) -> Path:
     if whole.exists() and whole.is_mount():
         raise OutputError(f"{folder}: is a mount point; choose a folder in it")
     for model in plan.models:
-        if model.folder.resolve() in (whole, *whole.parents):
-            raise OutputError(
-                f"{folder}: is or lies in the folder of {model.label}; choose another output"
-            )
-        if whole in model.folder.resolve().parents:
-            raise OutputError(
-                f"{folder}: the folder of {model.label} lies in it; choose another output"
-            )
+        for read in (model.folder, *(file.parent for file in model.beside)):
+            if read.resolve() in (whole, *whole.parents):
+                what = f"is or lies in the folder of {model.label}"
+                raise OutputError(f"{folder}: {what}; choose another output")
+            if whole in read.resolve().parents:
+                what = f"the folder of {model.label} lies in it"
+                raise OutputError(f"{folder}: {what}; choose another output")
     return folder
 
 
@@ -71,14 +66,15 @@ def check_replaceable(folder: Path, recipe: Path) -> None:
     ):
         if whole in (place, *place.parents):
             raise OutputError(f"{folder}: holds {what}; choose another output")
-    is_model = (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    configs = (folder / "config.json", folder / "adapter_config.json")
+    is_model = any(map(Path.is_file, configs)) and any(folder.glob("*.safetensors"))
     if not is_model and provenance_of(folder) is None:
         raise OutputError(
             f"{folder}: holds no model, and --overwrite replaces nothing else; choose another output"
         )
 
 
-def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress) -> bool:
+def is_there_already(folder: Path, plan: Plan, budget: Budget, progress: Progress) -> bool:
     """Whether `folder` is this very merge of these very inputs; OutputError when it is something else."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
@@ -93,9 +89,13 @@ def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress)
     )
     files = made.get("files")
     carried = isinstance(files, dict) and carried_digests(plan).items() <= files.items()
-    if not (same and carried) or made.get("inputs") != told_inputs(
-        plan, _input_digests(plan, threads, progress)
-    ):
+    operands = [operand for step in plan.steps for operand in step.inputs]
+
+    def inputs() -> list[dict[str, Any]]:
+        found = _digested(plan, operands, budget.threads, progress, fuse=budget.fuse)
+        return told_inputs(plan, found)
+
+    if not (same and carried) or made.get("inputs") != inputs():
         raise OutputError(
             f"{folder}: holds a finished merge of another recipe or of other models; choose "
             f"another output, or give --overwrite to replace it"
@@ -103,38 +103,41 @@ def is_there_already(folder: Path, plan: Plan, threads: int, progress: Progress)
     return True
 
 
-def _input_digests(plan: Plan, threads: int, progress: Progress) -> dict[str, StepDigests]:
-    """Digests of all inputs as they are now: another model of the same name and size is another merge."""
-
-    def digest(operand: Operand) -> str:
-        info = operand.info
-        if not info.file:
-            count(info.nbytes)
-            return _computed_digest(plan.models[operand.model].source, operand.tensor)
-        descriptor = os.open(info.file, os.O_RDONLY)
-        try:
-            found = stored_digest(Place(descriptor, info.offset, info.shape, info.dtype))
-        finally:
-            os.close(descriptor)
-        count(info.nbytes)
-        return found or ""
-
-    with progress("compare", plan.read_bytes) as count, ThreadPoolExecutor(threads) as pool:
-        found = [list(pool.map(digest, step.inputs)) for step in plan.steps]
-    return {s.name: StepDigests("", tuple(f)) for s, f in zip(plan.steps, found, strict=True)}
+def is_adapter_there(folder: Path, plan: Plan, threads: int, progress: Progress) -> bool:
+    """As is_there_already, for a plan whose result is an adapter."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    made = provenance_of(folder)
+    same = made is not None and made["plan"] == plan.digest
+    if same and made and made.get("inputs") == adapter_inputs(plan, threads, progress):
+        return True
+    raise OutputError(
+        f"{folder}: exists and is not this adapter; choose another output, or give --overwrite to "
+        "replace it"
+    )
 
 
-def _computed_digest(source: Source, name: str) -> str:
-    """Of a tensor that is computed as it is read."""
-    info, grain = source.tensors[name], grain_rows(source.tensors[name].shape)
+def adapter_inputs(plan: Plan, threads: int, progress: Progress) -> list[dict[str, Any]]:
+    """As carry.told_inputs, of what is merged and what it is compared with."""
+    origins = [plan.origins[step.name] for step in plan.steps if step.name in plan.origins]
+    operands = [operand for step in plan.steps for operand in step.inputs]
+    return told_inputs(plan, _digested(plan, [*origins, *operands], threads, progress, fuse=False))
 
-    def digests() -> Iterator[bytes]:
-        for first in range(0, info.rows, grain):
-            rows = np.empty((min(grain, info.rows - first), info.row_bytes), np.uint8)
-            source.read(name, first, first + len(rows), rows.reshape(-1).data)
-            yield grain_digest(rows)
 
-    return combined_digest(digests())
+def _digested(
+    plan: Plan, operands: Sequence[Operand], threads: int, progress: Progress, *, fuse: bool
+) -> list[tuple[Operand, str]]:
+    """Digests of inputs as they are now: another model of the same name and size is another merge."""
+    reader = Reader(plan, fuse=fuse)
+
+    def digest(operand: Operand) -> tuple[Operand, str]:
+        found = reader.digest(operand)
+        count(operand.info.nbytes)
+        return operand, found
+
+    size = sum(operand.info.nbytes for operand in operands)
+    with progress("compare", size) as count, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(digest, operands))
 
 
 def check_disk(plan: Plan, folder: Path) -> None:

@@ -2,27 +2,33 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge.adapters.alone import on_zeros
+from merge.adapters.run import adapter_budget, check_wanted, run_adapter
 from merge.budget import DEFAULT_MEMORY, Budget, keep_freed_memory, make_budget
 from merge.carry import CARD, carry_files, model_card, provenance
 from merge.errors import SourceError
 from merge.output import (
     Progress,
+    adapter_inputs,
     check_disk,
     check_open_files,
     check_replaceable,
+    is_adapter_there,
     is_there_already,
     usable,
 )
-from merge.plan import Plan, make_plan, model_labels, output_folder
+from merge.plan import Plan, output_folder
+from merge.planner import make_plan, model_labels
 from merge.recipe import Recipe, load_recipe
-from merge.sources.model import Model, locate, open_model, read_json
+from merge.sources.model import Model, read_json
+from merge.sources.opening import is_adapter, locate, open_model
 from merge.stream import run
-from merge.verify import PROVENANCE, verify_folder
+from merge.verify import PROVENANCE, verify_adapter, verify_folder
 from merge.write import PartialFolder, check_own, discard_leftover, partial_of
 
 
@@ -50,21 +56,50 @@ def plan_recipe(file: Path | str, *, offline: bool = False, peek: bool = False) 
     peek: of models on the hub only the headers are fetched; such a plan can be shown but not run.
     """
     recipe = load_recipe(file)
-    models = []
+    models = {}
     for label in model_labels(recipe):
         try:
-            models.append(_opened(label, recipe, offline, peek))
+            models[label] = _opened(label, recipe, offline, peek)
         except SourceError as error:
-            raise SourceError(f"{recipe.where_model(label)}: {error}") from None
-    return make_plan(recipe, models)
+            raise SourceError(f"{_where_model(recipe, label)}: {error}") from None
+    plan = make_plan(recipe, models)
+    if recipe.sections.adapter:
+        if zeros := on_zeros(plan, recipe, models):
+            plan = make_plan(recipe, zeros)
+        check_wanted(plan)
+    return plan
+
+
+def _where_model(recipe: Recipe, label: str) -> str:
+    named = (each for each in (recipe, *recipe.stages.values()) if label in each.labels)
+    return next(named, recipe).where_model(label)
 
 
 def _opened(label: str, recipe: Recipe, offline: bool, peek: bool) -> Model:
     from merge.sources import hub
 
     beside = [Path(recipe.file).parent]
-    fetching = partial(hub.fetch, offline=offline)
-    return open_model(label, beside, fetching, partial(hub.peek, offline=offline) if peek else None)
+    whole = label
+    in_stages = any(label in stage.labels for stage in recipe.stages.values())
+    if recipe.sections.adapter and not in_stages and is_adapter(label, beside):
+        whole = f"{recipe.sections.base_model}+{label}"
+    model = open_model(
+        whole,
+        beside,
+        partial(hub.fetch, offline=offline),
+        partial(hub.peek, offline=offline) if peek else None,
+        partial(hub.fetch_adapter, offline=offline),
+    )
+    return replace(model, label=label)
+
+
+def budget_of(
+    plan: Plan, memory: str, threads: int | None = None, *, fuse: bool | None = None
+) -> Budget:
+    """How `plan` fits into `memory`; raises PlanError."""
+    if plan.recipe.sections.adapter:
+        return adapter_budget(plan, memory, threads)
+    return make_budget(plan, memory, threads, fuse=fuse)
 
 
 def open_for_scoring(name: str, *, offline: bool = False) -> Path:
@@ -94,12 +129,14 @@ def run_recipe(
     """
     plan = plan_recipe(file, offline=offline)
     keep_freed_memory()
-    budget = make_budget(plan, memory, threads, fuse=fuse)
+    budget = budget_of(plan, memory, threads, fuse=fuse)
+    if plan.recipe.sections.adapter:
+        return _run_adapter(plan, budget, output, restart, overwrite, progress)
     folder = usable(output_folder(plan.recipe, output), plan)
     check_own(partial_of(folder))
     if overwrite:
         check_replaceable(folder, Path(plan.recipe.file))
-    elif is_there_already(folder, plan, budget.threads, progress):
+    elif is_there_already(folder, plan, budget, progress):
         discard_leftover(folder)
         return Result(folder, plan, budget, True, 0, _verified(folder, budget, progress))
     check_disk(plan, folder)
@@ -117,6 +154,33 @@ def run_recipe(
         growing.publish()
     taken_up = len(plan.steps) - len(pending)
     return Result(folder, plan, budget, False, taken_up, verified | {"folder": str(folder)})
+
+
+def _run_adapter(
+    plan: Plan,
+    budget: Budget,
+    output: Path | None,
+    restart: bool,
+    overwrite: bool,
+    progress: Progress,
+) -> Result:
+    """As run_recipe, where the recipe says that the result is an adapter."""
+    folder = usable(output_folder(plan.recipe, output), plan)
+    check_own(partial_of(folder))
+    if overwrite:
+        check_replaceable(folder, Path(plan.recipe.file))
+    elif is_adapter_there(folder, plan, budget.threads, progress):
+        discard_leftover(folder)
+        return Result(folder, plan, budget, True, 0, verify_adapter(folder))
+    check_open_files(plan)
+    inputs = adapter_inputs(plan, budget.threads, progress)
+    size = 2 * sum(4 * step.rows * step.cols for step in plan.steps)
+    with progress("extract", size) as count:
+        report, verified = run_adapter(
+            plan, budget, folder, inputs, restart=restart, overwrite=overwrite, progress=count
+        )
+    verified |= {"layers": len(report.adapted), "error": report.error}
+    return Result(folder, plan, budget, False, 0, verified)
 
 
 def _verified(

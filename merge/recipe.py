@@ -4,95 +4,82 @@ Everything that a recipe alone can get wrong is a RecipeError here, with file an
 and recipe fit together is the business of `plan`.
 """
 
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from merge.errors import RecipeError
-from merge.lines import Lines, load_yaml, nearest
+from merge.lines import Lines, load_documents, nearest
+from merge.lines import Path as Place
 from merge.methods import Method, all_methods
-from merge.settings import Resolution, Settings, SettingsReader, shown
+from merge.sections import ModelEntry, ModuleEntry, Sections, SliceEntry, SourceEntry, read_sections
+from merge.settings import Resolution, Settings, SettingsReader
 
-WORDS = {
-    "model_type": "it must be a table of keys",
-    "dict_type": "it must be a table of keys",
-    "list_type": "it must be a list",
-    "too_short": "it must have at least one entry",
-    "string_type": "it must be text",
-    "bool_type": "it must be true or false",
-}  # pydantic's speak of Python
-LATER = ("slices", "modules", "tokenizer", "chat_template", "experts")
+OF_THE_LAST = ("adapter", "score", "allow_nonfinite", "shard_size")  # document of a file
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class Entry:
+    """A model that is merged: all of it, or its `layers` [first, end). `settings` are its parameters;
+    a base has none where the models are taken as task vectors. `place`: where the recipe says so."""
+
+    model: str
+    layers: tuple[int, int] | None
+    settings: Settings
+    place: Place
 
 
-class ModelEntry(Strict):
-    model: str = Field(min_length=1)
-    parameters: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Slice:
+    """Layers that follow one another in the output, or (`layers` None) whole models.
+
+    `shared`: parameters with one value for all models. `task_vectors`: the entries are taken as task
+    vectors on `base`, which has none itself.
+    """
+
+    base: str | None
+    entries: tuple[Entry, ...]
+    shared: Settings
+    task_vectors: bool
+    place: Place
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers it gives; None: whole models."""
+        span = self.entries[0].layers
+        return span[1] - span[0] if span else None
 
 
-class ScoreSection(Strict):
-    suite: str = "quickstart"
-    parents: bool = True
-    limit: int | None = Field(default=None, ge=1)
+@dataclass(frozen=True)
+class Part:
+    """What becomes of one module of a model (None: of all of it)."""
 
-
-class Sections(Strict):
-    """The keys of a recipe; unknown ones are errors."""
-
-    merge_method: str
-    models: list[ModelEntry] = Field(min_length=1)
-    base_model: str | None = Field(default=None, min_length=1)
-    parameters: dict[str, Any] = {}
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    out_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    compat: Literal["mergekit"] | None = None
-    tokenizer_source: str | None = None
-    missing_tensors: Literal["error", "base"] = "error"
-    extra_tensors: Literal["error", "drop"] = "error"
-    allow_nonfinite: bool = False
-    shard_size: str = "5GB"
-    output: str | None = Field(default=None, min_length=1)
-    name: str | None = None
-    score: ScoreSection | None = None
-
-    @field_validator("shard_size", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> str:
-        if parse_size(str(value)) < 1:
-            raise ValueError("must be at least 1 byte")
-        return str(value)
+    module: str | None
+    slices: tuple[Slice, ...]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that is right in itself. `settings[i]` are the parameters of models[i]; `shared` those
-    with one value for all models. `lines` finds the line of a key for later errors."""
+    """A recipe that is right in itself. `stages`: the recipes of the same file whose results it merges,
+    by the name that it calls them, each after those that it needs. `lines` finds the line of a key."""
 
     sections: Sections
     method: Method
-    settings: tuple[Settings, ...]
-    shared: Settings
+    parts: tuple[Part, ...]
     lines: Lines
+    stages: Mapping[str, "Recipe"] = field(default_factory=dict)
 
     @property
-    def task_vectors(self) -> bool:
-        """Whether the models are taken as task vectors on the base, which has none itself."""
-        return _on_a_base(self.sections, self.method)
+    def slices(self) -> tuple[Slice, ...]:
+        return tuple(piece for part in self.parts for piece in part.slices)
 
     @property
-    def models(self) -> list[str]:
-        return [entry.model for entry in self.sections.models]
+    def labels(self) -> list[str]:
+        """Every model that the recipe itself reads, once, the base first where there is one."""
+        bases = [self.sections.base_model, *(piece.base for piece in self.slices)]
+        entries = [entry.model for piece in self.slices for entry in piece.entries]
+        return list(dict.fromkeys([*filter(None, bases), *entries]))
 
     @property
     def out_dtype(self) -> str | None:
@@ -107,7 +94,13 @@ class Recipe:
         """File and line in which a model is named first."""
         if label == self.sections.base_model:
             return self.where("base_model")
-        return self.where("models", self.models.index(label), "model")
+        for piece in self.slices:
+            if label == piece.base:
+                return self.where(*piece.place, "base_model")
+            for entry in piece.entries:
+                if label == entry.model:
+                    return self.where(*entry.place, "model")
+        return self.where()
 
     def where(self, *path: str | int) -> str:
         return self.lines.at(*path)
@@ -125,28 +118,67 @@ def load_recipe(file: Path | str) -> Recipe:
 
 
 def parse_recipe(text: str, file: str = "recipe") -> Recipe:
-    """As load_recipe, from text."""
-    data, lines = load_yaml(text, file)
-    try:
-        sections = Sections.model_validate(data)
-    except ValidationError as error:
-        raise _validation_error(error, lines) from None
-    method = _method(sections.merge_method, lines)
-    _check_models(sections, method, lines)
-    reader = SettingsReader(lines, method)
-    common = reader.read(sections.parameters, ("parameters",))
-    own = [
-        reader.read(entry.parameters, ("models", i, "parameters"))
-        for i, entry in enumerate(sections.models)
+    """As load_recipe, from text. Of several documents, the one without a name is the recipe (else the
+    last); it merges the results of the others, by their names or outputs."""
+    recipes = [
+        _recipe(read_sections(data, lines), lines) for data, lines in load_documents(text, file)
     ]
-    resolution = Resolution(method, lines, method.mergekit if sections.compat == "mergekit" else {})
-    settings = tuple(
-        {}  # the base itself has no task vector
-        if _on_a_base(sections, method) and entry.model == sections.base_model
-        else resolution.of_model(own[i], common, ("models", i))
-        for i, entry in enumerate(sections.models)
-    )
-    return Recipe(sections, method, settings, resolution.shared(own, common), lines)
+    unnamed = [recipe for recipe in recipes if recipe.sections.name is None]
+    if len(recipes) > 1 and len(unnamed) > 1 and any(r.sections.name for r in recipes):
+        what = "a second document without name; only the final merge may have none"
+        raise unnamed[1].lines.error((), what)
+    final = unnamed[0] if len(unnamed) == 1 else recipes[-1]
+    return _staged(final, recipes)
+
+
+def _staged(final: Recipe, recipes: Sequence[Recipe]) -> Recipe:
+    """`final` with the recipes that it needs; raises RecipeError where they go in circles or to waste."""
+    named: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe is final:
+            continue
+        for name in dict.fromkeys(filter(None, (recipe.sections.name, recipe.sections.output))):
+            if name in named:
+                raise recipe.lines.error(("name",), f"two documents are called {name!r}")
+            named[name] = recipe
+    stages: dict[str, Recipe] = {}
+    _gather(final, named, stages, ())
+    for stage in stages.values():
+        _check_stage(stage)
+    used = list(stages.values())
+    for recipe in recipes:
+        if recipe is not final and recipe not in used:
+            what = "no other document merges its result; name it in one, or put it in a file of its own"
+            raise recipe.lines.error(("name",), what)
+    return Recipe(final.sections, final.method, final.parts, final.lines, stages)
+
+
+def _check_stage(stage: Recipe) -> None:
+    """Raises RecipeError where a merge that is merged again says what only the last one can."""
+    for key in OF_THE_LAST:
+        if key in stage.sections.model_fields_set:
+            what = f"{key} is of no effect in a merge that is merged again; give it in the last document"
+            raise stage.lines.error((key,), what)
+
+
+def _gather(
+    recipe: Recipe, named: Mapping[str, Recipe], stages: dict[str, Recipe], within: tuple[str, ...]
+) -> None:
+    for label in recipe.labels:
+        if label in within:
+            raise recipe.lines.error((), f"{label!r} is merged from itself ({' <- '.join(within)})")
+        if label in named and label not in stages:
+            _gather(named[label], named, stages, (*within, label))
+            stages[label] = named[label]
+
+
+# -- one document ----------------------------------------------------------------------------------
+
+
+def _recipe(sections: Sections, lines: Lines) -> Recipe:
+    method = _method(sections.merge_method, lines)
+    reader = _Reader(sections, method, lines)
+    return Recipe(sections, method, tuple(reader.parts()), lines)
 
 
 def _method(name: str, lines: Lines) -> Method:
@@ -157,74 +189,100 @@ def _method(name: str, lines: Lines) -> Method:
     return methods[name]
 
 
-def _check_models(sections: Sections, method: Method, lines: Lines) -> None:
-    """Raises RecipeError unless base_model and the number of models suit the method."""
-    names = [entry.model for entry in sections.models]
-    on_a_base = _on_a_base(sections, method)
-    if method.base in ("required", "first") and sections.base_model is None:
-        what = f"{method.name} needs base_model, the model that the others were made from"
-        raise lines.error(("merge_method",), what)
-    others = [name for name in names if name != sections.base_model]
-    if on_a_base and not others:
-        what = f"{method.name} has no model beside its base; list at least one other"
-        raise lines.error(("models",), what)
-    apart = sections.base_model is not None and method.base != "donor"
-    counted = len(others) + (method.base == "first") if apart else len(names)
-    low, high = method.models
-    if not low <= counted <= high:
-        wanted = f"{low}" if low == high else f"{low} to {high}"
-        with_base = " (its base included)" if method.base == "first" else ""
-        what = f"{method.name} takes {wanted} models{with_base}, not {counted}"
-        raise lines.error(("models",), what)
-    for i, name in enumerate(names):
-        if names.index(name) != i and method.base != "donor":
-            what = f"model {name!r} is listed twice; give it one entry with the summed weight"
-            raise lines.error(("models", i), what)
+class _Reader:
+    """Turns the sections of a document into parts, their settings resolved.
+
+    A value is sought in the model's entry, then in the slice's parameters, the module's, the recipe's.
+    """
+
+    def __init__(self, sections: Sections, method: Method, lines: Lines) -> None:
+        self._sections, self._method, self._lines = sections, method, lines
+        self._read = SettingsReader(lines, method).read
+        presets = method.mergekit if sections.compat == "mergekit" else {}
+        self._resolution = Resolution(method, lines, presets)
+
+    def parts(self) -> Iterator[Part]:
+        common = self._read(self._sections.parameters, ("parameters",))
+        if self._sections.modules is None:
+            yield Part(None, tuple(self._slices(self._sections, (), [common])))
+        for name, module in (self._sections.modules or {}).items():
+            place: Place = ("modules", name)
+            own = self._read(module.parameters, (*place, "parameters"))
+            yield Part(name, tuple(self._slices(module, place, [own, common])))
+
+    def _slices(
+        self, part: Sections | ModuleEntry, place: Place, outer: Sequence[Settings]
+    ) -> Iterator[Slice]:
+        if part.models:
+            yield self._slice(part.models, None, (*place, "models"), place, outer)
+        for i, entry in enumerate(part.slices or ()):
+            here = (*place, "slices", i)
+            self._check_lengths(entry, here)
+            own = self._read(entry.parameters, (*here, "parameters"))
+            sources = (*here, "sources")
+            yield self._slice(entry.sources, entry.base_model, sources, here, [own, *outer])
+
+    def _slice(
+        self,
+        entries: Sequence[ModelEntry | SourceEntry],
+        own_base: str | None,
+        at: Place,
+        place: Place,
+        outer: Sequence[Settings],
+    ) -> Slice:
+        base = own_base or self._sections.base_model
+        on_a_base = _on_a_base(self._method, base)
+        self._check_models(entries, base, at)
+        own = [self._read(e.parameters, (*at, i, "parameters")) for i, e in enumerate(entries)]
+        read = tuple(
+            Entry(
+                entry.model,
+                entry.layer_range if isinstance(entry, SourceEntry) else None,
+                {}  # the base itself has no task vector
+                if on_a_base and entry.model == base
+                else self._resolution.of_model([own[i], *outer], (*at, i)),
+                (*at, i),
+            )
+            for i, entry in enumerate(entries)
+        )
+        shared = self._resolution.shared(own, outer, at)
+        return Slice(base, read, shared, on_a_base, place)
+
+    def _check_lengths(self, entry: SliceEntry, place: Place) -> None:
+        lengths = [source.layer_range[1] - source.layer_range[0] for source in entry.sources]
+        for i, length in enumerate(lengths):
+            if length != lengths[0]:
+                what = f"this source has {length} layers, the first has {lengths[0]}"
+                at = (*place, "sources", i, "layer_range")
+                raise self._lines.error(
+                    at, f"{what}; layers that are merged with one another are as many"
+                )
+
+    def _check_models(
+        self, entries: Sequence[ModelEntry | SourceEntry], base: str | None, at: Place
+    ) -> None:
+        """Raises RecipeError unless base and number of models suit the method."""
+        names, method = [entry.model for entry in entries], self._method
+        if method.base in ("required", "first") and base is None:
+            what = f"{method.name} needs base_model, the model that the others were made from"
+            raise self._lines.error(("merge_method",), what)
+        others = [name for name in names if name != base]
+        if _on_a_base(method, base) and not others:
+            what = f"{method.name} has no model beside its base; list at least one other"
+            raise self._lines.error(at, what)
+        apart = base is not None and method.base != "donor"
+        counted = len(others) + (method.base == "first") if apart else len(names)
+        low, high = method.models
+        if not low <= counted <= high:
+            wanted = f"{low}" if low == high else f"{low} to {high}"
+            with_base = " (its base included)" if method.base == "first" else ""
+            what = f"{method.name} takes {wanted} models{with_base}, not {counted}"
+            raise self._lines.error(at, what)
+        for i, name in enumerate(names):
+            if names.index(name) != i and method.base != "donor":
+                what = f"model {name!r} is listed twice; give it one entry with the summed weight"
+                raise self._lines.error((*at, i), what)
 
 
-def _on_a_base(sections: Sections, method: Method) -> bool:
-    given = sections.base_model is not None
-    return method.base == "required" or (method.base == "optional" and given)
-
-
-def _validation_error(error: ValidationError, lines: Lines) -> RecipeError:
-    """pydantic's first finding in our words; an unknown key is often the cause of the others."""
-    found = error.errors()
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    path = first["loc"]
-    name, key = ".".join(map(str, path)), str(path[-1])
-    if first["type"] == "extra_forbidden" and key in LATER and len(path) == 1:
-        return lines.error(path, f"mergekit's {key} cannot be run yet; list whole models")
-    if first["type"] == "extra_forbidden":
-        allowed = _fields_at(path[:-1])
-        what = f"unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
-        return lines.error(path, what)
-    if first["type"] == "missing":
-        of_model = "an entry of models needs model"
-        needs = of_model if path[0] == "models" else "a recipe needs merge_method and models"
-        return lines.error(path, f"{name} is missing; {needs}")
-    reason = WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
-    return lines.error(path, f"{name} is {shown(first['input'])}; {reason[0].lower() + reason[1:]}")
-
-
-def _fields_at(path: Sequence[str | int]) -> Sequence[str]:
-    kind: type[Strict] = Sections
-    for part in path:
-        if part == "models":
-            kind = ModelEntry
-        elif part == "score":
-            kind = ScoreSection
-    return list(kind.model_fields)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '512MiB', '2 GB' or '4096'; raises ValueError."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*((?:[KMGT]i?)?B?)\s*", text, re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 512MiB or 2GB")
-    unit = match[2].upper()
-    unit = unit if unit in SIZES else unit + "B"
-    size = float(match[1]) * SIZES[unit]
-    if not math.isfinite(size):
-        raise ValueError(f"{text[:20]}... is larger than any disk")
-    return int(size)
+def _on_a_base(method: Method, base: str | None) -> bool:
+    return method.base == "required" or (method.base == "optional" and base is not None)

@@ -6,6 +6,8 @@ from typing import Any
 
 from merge.lines import Lines, Path, nearest
 from merge.methods import REQUIRED, Method, Parameter
+from merge.patterns import fits, pattern_problem
+from merge.sections import shown
 
 Value = float | int | bool | str
 
@@ -19,7 +21,7 @@ class Setting:
     def at(self, tensor: str, depth: float) -> Value | None:
         """The value for `tensor`, `depth` of the way (0 to 1) through the layers; None: no rule fits."""
         for pattern, points in self.rules:
-            if pattern is None or pattern == "*" or pattern in tensor:
+            if pattern is None or fits(pattern, tensor):
                 return _interpolated(points, depth)
         return None
 
@@ -27,6 +29,8 @@ class Setting:
 def _interpolated(points: tuple[Value, ...], depth: float) -> Value:
     if len(points) == 1:
         return points[0]
+    if isinstance(points[0], bool | str):
+        return points[int(depth * (len(points) - 1))]
     place = depth * (len(points) - 1)
     left = min(int(place), len(points) - 2)
     a, b = float(points[left]), float(points[left + 1])
@@ -44,8 +48,9 @@ class Resolution:
     lines: Lines
     fallback: Mapping[str, Any]
 
-    def shared(self, own: Sequence[Settings], common: Settings) -> Settings:
-        """Of parameters with one value for all models, which a model's entry may give too."""
+    def shared(self, own: Sequence[Settings], outer: Sequence[Settings], at: Path) -> Settings:
+        """Of parameters with one value for all models, which the entry of a model (in the list at `at`)
+        may give too; `outer`: the settings around it, the nearest first."""
         found: dict[str, Setting] = {}
         for parameter in self.method.parameters.values():
             if parameter.per_model:
@@ -53,15 +58,16 @@ class Resolution:
             name = parameter.name
             if differing := _first_difference(own, name):
                 what = f"{self.method.name}.{name} holds for all models, but models differ in it"
-                at = ("models", differing, "parameters", name)
-                raise self.lines.error(at, f"{what}; give it once, under parameters")
-            found[name] = self._first_given(parameter, [*own, common], ("parameters",))
+                place = (*at, differing, "parameters", name)
+                raise self.lines.error(place, f"{what}; give it once, under parameters")
+            found[name] = self._first_given(parameter, [*own, *outer], ("parameters",))
         return found
 
-    def of_model(self, own: Settings, common: Settings, path: Path) -> Settings:
-        """Of parameters with a value per model, for the model whose entry stands at `path`."""
+    def of_model(self, sources: Sequence[Settings], at: Path) -> Settings:
+        """Of parameters with a value per model, for the model whose entry stands at `at`; `sources`: its
+        own settings and those around it, the nearest first."""
         parameters = [p for p in self.method.parameters.values() if p.per_model]
-        return {p.name: self._first_given(p, [own, common], path) for p in parameters}
+        return {p.name: self._first_given(p, sources, at) for p in parameters}
 
     def _first_given(self, parameter: Parameter, sources: Sequence[Settings], at: Path) -> Setting:
         """Rules of all sources in order, so that what no filter of one fits falls to the next."""
@@ -101,6 +107,8 @@ class SettingsReader:
                 f"{self._method.name} has no parameter {name!r}{nearest(name, allowed)}; it "
                 f"has {', '.join(allowed)}",
             )
+        if isinstance(value, dict) and "value" in value:
+            return Setting((self._rule(parameter, value, path),))
         if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
             return Setting(tuple(self._rule(parameter, v, (*path, i)) for i, v in enumerate(value)))
         return Setting(((None, self._points(parameter, value, path)),))
@@ -119,11 +127,13 @@ class SettingsReader:
                 path,
                 f"a rule of {parameter.name} needs a value and, as text, what tensor names it filters",
             )
+        if pattern is not None and (problem := pattern_problem(pattern)):
+            raise self._lines.error(path, f"filter {pattern!r} of {parameter.name} {problem}")
         return pattern, self._points(parameter, rule["value"], (*path, "value"))
 
     def _points(self, parameter: Parameter, value: Any, path: Path) -> tuple[Value, ...]:
         points = value if isinstance(value, list) else [value]
-        if not points or (len(points) > 1 and parameter.kind not in (float, int)):
+        if not points:
             raise self._lines.error(
                 path,
                 f"{self._method.name}.{parameter.name} is {shown(value)}; it must be {parameter.allowed}",
@@ -142,16 +152,3 @@ def _problem(parameter: Parameter, point: Any) -> str | None:
         return parameter.problem(point)
     except OverflowError:  # a whole number beyond any float
         return f"must be {parameter.range}"
-
-
-def shown(value: Any) -> str:
-    """A value of a recipe as an error message shows it."""
-    text = str(value).lower() if isinstance(value, bool) else _repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def _repr(value: Any) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # Python does not print whole numbers of thousands of digits
-        return "a huge number"

@@ -14,23 +14,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from merge.budget import Budget, aligned, block_rows, held_bytes
-from merge.errors import NonFiniteError
+from merge.finite import check_grain, check_input
 from merge.formula import Formula, Grain, Merging
-from merge.methods import Counts, Passes, Statistic, Sums
+from merge.methods import Request, Statistic
 from merge.numerics import (
     STORAGE,
     Raw,
     combined_digest,
-    first_nonfinite,
     grain_digest,
-    grain_rows,
-    pairwise,
-    to_float32,
+    grains,
 )
 from merge.plan import Plan, Step
+from merge.reader import Reader, driven, reduced
 
 Block = tuple[int, int]  # first row, end row; whole grains
-Request = Sums | Counts
 Measuring = Callable[[Iterable[Grain]], list[Statistic]]
 
 
@@ -62,13 +59,14 @@ def run(
     Raises ReadError, NonFiniteError or WriteError; what finished before it was handed to the writer.
     """
     slots = _Slots(budget)
-    method, allow = plan.recipe.method, plan.recipe.sections.allow_nonfinite
+    reader = Reader(plan, fuse=budget.fuse)
+    allow = plan.recipe.sections.allow_nonfinite
     with _Crew(budget.threads) as crew:
         for step in steps:
             job = _Job(
-                plan,
+                reader,
                 step,
-                Formula(step, method, budget.fuse, allow),
+                Formula(step, budget.fuse, allow),
                 writer,
                 progress,
                 block_rows(step, budget.block),
@@ -85,9 +83,7 @@ def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
     held = slots.take(job.step, crew.check) if passes else None
     if held is not None:
         job.hold(held)
-    stats = (
-        _driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
-    )
+    stats = driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
     merging = job.merging(stats)
     remaining = _Countdown(len(job.blocks), lambda: slots.give(held))
     for block in job.blocks:
@@ -96,27 +92,18 @@ def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
 
 def _over_all_blocks(crew: "_Crew", job: "_Job", request: Request) -> Statistic:
     """A statistic over all grains: integers added as they come, floats in the order of the grains."""
-    total = _Total()
+    total = _Total(request)
     measuring = job.formula.measuring(request)
     crew.map(lambda block: total.add(block, job.measured(block, measuring)), job.blocks)
     job.was_read = True
     return total.value()
 
 
-def _driven(passes: Passes, measured: Callable[[Request], Statistic]) -> Any:
-    try:
-        wanted = next(passes)
-        while True:
-            wanted = passes.send(measured(wanted))
-    except StopIteration as stop:
-        return stop.value
-
-
 @dataclass
 class _Job:
     """One step on its way: its blocks, its inputs held in memory or not, its digests so far."""
 
-    plan: Plan
+    reader: Reader
     step: Step
     formula: Formula
     writer: Writer
@@ -144,27 +131,30 @@ class _Job:
         inputs = self._fetch(self.blocks[0])
         self.was_read, self.held = True, inputs
         passes = self.formula.passes()
-        stats = _driven(passes, self._over_one_block) if passes else None
+        stats = driven(passes, self._over_one_block) if passes else None
         self.emit(self.blocks[0], self.merging(stats), _Countdown(1, lambda: None))
 
     def _over_one_block(self, request: Request) -> Statistic:
-        return _reduced(self.measured(self.blocks[0], self.formula.measuring(request)))
+        return reduced(request, self.measured(self.blocks[0], self.formula.measuring(request)))
 
     def measured(self, block: Block, measuring: Measuring) -> list[Statistic]:
         """The statistics of a block: one for each grain, or one for all."""
         inputs = self._fetch(block)
-        return measuring(self._of_grain(inputs, block, a, b) for a, b in self._grains(block))
+        return measuring(
+            self._of_grain(inputs, block, a, b) for a, b in grains(self.step.shape, *block)
+        )
 
     def emit(self, block: Block, merging: Merging | None, remaining: "_Countdown") -> None:
         """Merges a block (merging None: copies it) and writes it; the last one completes the step."""
         inputs = self._fetch(block)
         out: list[Raw] = []
         digests: list[bytes] = []
-        for a, b in self._grains(block):
+        for a, b in grains(self.step.shape, *block):
             grain = self._of_grain(inputs, block, a, b)
             rows, finite = merging(grain) if merging else (grain[0][0], True)
             if not finite and not self.formula.allow_nonfinite:
-                self._check_grain(grain[0], rows, a)
+                unseen = grain[0] if self.formula.merges_as_it_reads else ()
+                check_grain(self.reader.plan, self.step, unseen, rows, a)
             digests.append(grain_digest(rows))
             self.output_digests[a] = digests[-1]
             out.append(rows)
@@ -186,48 +176,16 @@ class _Job:
             return held
         buffers = held or _buffers.views(self.step, end - first)
         for index, (operand, rows) in enumerate(zip(self.step.inputs, buffers, strict=True)):
-            source = self.plan.models[operand.model].source
-            source.read(operand.tensor, first, end, rows.reshape(-1).view(np.uint8).data)
+            self.reader.read(operand, first, end, rows.reshape(-1).view(np.uint8).data)
             if not self.was_read:
-                for a, b in self._grains(block):
+                for a, b in grains(self.step.shape, *block):
                     grain = rows[a - first : b - first]
-                    if not self.formula.merges_as_it_reads:  # else checked together with the output
-                        self._check_input(index, grain, a)
+                    # what merges as it reads is checked together with its output
+                    if not (self.formula.merges_as_it_reads or self.formula.allow_nonfinite):
+                        check_input(self.reader.plan, self.step, index, grain, a)
                     self.input_digests[index, a] = grain_digest(grain)
                 self.progress(rows.nbytes)
         return buffers
-
-    def _grains(self, block: Block) -> Iterator[Block]:
-        grain = grain_rows(self.step.shape)
-        for first in range(block[0], block[1], grain):
-            yield first, min(first + grain, block[1])
-
-    def _check_input(self, index: int, rows: Raw, first: int) -> None:
-        operand = self.step.inputs[index]
-        if self.formula.allow_nonfinite:
-            return
-        at = first_nonfinite(rows, operand.info.dtype)
-        if at is not None:
-            label = self.plan.models[operand.model].label
-            value = to_float32(rows.reshape(-1)[at : at + 1], operand.info.dtype)[0]
-            raise NonFiniteError(
-                f"{label}: tensor {operand.tensor!r} holds {value} at {_position(self.step, first, at)}; "
-                "repair the model, or allow it with allow_nonfinite: true"
-            )
-
-    def _check_grain(self, inputs: Sequence[Raw], rows: Raw, first: int) -> None:
-        if self.formula.merges_as_it_reads:
-            for index, raw in enumerate(inputs):
-                self._check_input(index, raw, first)
-        self._check_output(rows, first)
-
-    def _check_output(self, rows: Raw, first: int) -> None:
-        at = first_nonfinite(rows, self.step.dtype)
-        if at is not None:
-            raise NonFiniteError(
-                f"merged tensor {self.step.name!r} overflows {self.step.dtype} at "
-                f"{_position(self.step, first, at)}; choose a wider out_dtype or smaller weights"
-            )
 
     def _digests(self) -> StepDigests:
         count = len(self.step.inputs)
@@ -236,12 +194,6 @@ class _Job:
             combined_digest(self.input_digests[i, a] for a in starts) for i in range(count)
         )
         return StepDigests(combined_digest(self.output_digests[a] for a in starts), inputs)
-
-
-def _position(step: Step, first_row: int, at: int) -> str:
-    """Where element `at` after the start of `first_row` lies, as an index of the tensor."""
-    flat = first_row * step.cols + at
-    return "[" + ", ".join(str(int(i)) for i in np.unravel_index(flat, step.shape or (1,))) + "]"
 
 
 class _Buffers(threading.local):
@@ -270,19 +222,11 @@ def _split(memory: Raw, step: Step, rows: int) -> Iterator[Raw]:
         start += aligned(size)
 
 
-def _reduced(parts: Sequence[Statistic]) -> Statistic:
-    if parts[0].dtype.kind not in "iu":
-        return pairwise(parts)
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total += part
-    return total
-
-
 class _Total:
-    """Sum of statistics that threads bring in any order."""
+    """What a request finds, from statistics that threads bring in any order."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request) -> None:
+        self._request = request
         self._lock = threading.Lock()
         self._sum: Statistic | None = None
         self._floats: dict[Block, list[Statistic]] = {}
@@ -299,7 +243,8 @@ class _Total:
     def value(self) -> Statistic:
         if self._sum is not None:
             return self._sum
-        return pairwise([part for block in sorted(self._floats) for part in self._floats[block]])
+        parts = [part for block in sorted(self._floats) for part in self._floats[block]]
+        return reduced(self._request, parts)
 
 
 class _Countdown:

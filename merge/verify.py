@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from merge.disk import read_at
+from merge.disk import AT_ONCE, digest_of, read_at
 from merge.errors import RequestError, SourceError, VerifyError
 from merge.numerics import (
     STORAGE,
@@ -20,12 +20,11 @@ from merge.numerics import (
     rows_and_cols,
 )
 from merge.sources import TensorInfo
-from merge.sources.model import read_json
-from merge.sources.safetensors import INDEX
+from merge.sources.model import ADAPTER, ADAPTER_WEIGHTS, holds_adapter, read_json
+from merge.sources.safetensors import INDEX, read_header
 from merge.sources.weights import open_safetensors, weight_files
 
 PROVENANCE = "mergetool.json"
-AT_ONCE = 4 << 20  # bytes of one read: with 512 KiB a disk gave half as much
 
 
 class Place(NamedTuple):
@@ -50,6 +49,8 @@ def verify_folder(
     read_back: tensors whose bytes were compared with their digests before, and the offsets at which
     they were found; of these only the header is compared.
     """
+    if holds_adapter(folder):
+        return verify_adapter(folder)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "no such folder"
         raise RequestError(f"{folder}: {found}; give the folder of a model")
@@ -179,11 +180,43 @@ def _check_finite(folder: Path, name: str, place: Place) -> None:
             )
 
 
+def verify_adapter(folder: Path) -> dict[str, Any]:
+    """As verify_folder, of an adapter in PEFT's format."""
+    told = (folder / PROVENANCE).is_file()
+    try:
+        tensors = read_header(folder / ADAPTER_WEIGHTS)
+        read_json(folder / ADAPTER)
+        files: Any = read_json(folder / PROVENANCE).get("files") if told else {}
+    except SourceError as error:
+        raise VerifyError(str(error)) from None
+    if told and not (isinstance(files, dict) and {ADAPTER_WEIGHTS, ADAPTER} <= files.keys()):
+        raise VerifyError(f"{folder / PROVENANCE}: damaged; it lists the files of an adapter")
+    for file, digest in files.items():
+        if Path(file).name != file or file_digest(folder / file) != digest:
+            raise VerifyError(f"{folder / file}: its bytes changed since it was written")
+    known = "all equal" if told else f"no {PROVENANCE}: headers checked only"
+    size = sum(info.nbytes for info in tensors.values())
+    return {"folder": str(folder), "tensors": len(tensors), "bytes": size, "digests": known}
+
+
+def file_digest(file: Path) -> str:
+    """XXH3-128 of a whole file; raises VerifyError."""
+    try:
+        return digest_of(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "is no name of a file"
+        raise VerifyError(f"{file}: cannot be read: {reason}") from None
+
+
 def verify_loading(folder: Path) -> dict[str, Any]:
-    """{"loads_as": class}; raises VerifyError unless transformers finds each tensor in its place.
+    """{"loads_as": class}; raises VerifyError unless transformers finds each tensor in its place, and
+    RequestError for an adapter.
 
     Files of this folder alone are used, and no code of the model's authors.
     """
+    if holds_adapter(folder):
+        todo = "merge it into its base (model: base+adapter) and load the result"
+        raise RequestError(f"{folder}: is an adapter, which does not load without its base; {todo}")
     import transformers
 
     names = read_json(folder / "config.json").get("architectures")

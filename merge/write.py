@@ -107,19 +107,7 @@ class PartialFolder:
         self._journal_lock = threading.Lock()
 
     def __enter__(self) -> "PartialFolder":
-        check_own(self.partial)
-        with writing(self.partial):
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self._lock).st_nlink:  # the run that held it finished and tidied up
-                raise BlockingIOError
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OutputError(
-                f"{self.final}: another run is writing there; wait for it or choose another output"
-            ) from None
+        self._lock = take_lock(self.final)
         try:
             self._open()
         except BaseException:
@@ -179,23 +167,8 @@ class PartialFolder:
             (self.model / name).write_text(text, encoding="utf-8")
 
     def publish(self) -> None:
-        """Gives the finished folder its name; a former one is kept until then."""
-        self.check_inputs()
-        replaced = self.partial / REPLACED
-        with writing(self.final):
-            if self.final.is_dir() and any(self.final.iterdir()):
-                shutil.rmtree(replaced, ignore_errors=True)
-                self.final.rename(replaced)
-            self.model.rename(self.final)
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-    def check_inputs(self) -> None:
-        """Raises ReadError when an input file is not what it was when this run began."""
-        for path, before in self.inputs.items():
-            if _stamp(Path(path)) != before:
-                raise ReadError(
-                    f"{path}: changed while it was being merged; start over with --restart"
-                )
+        check_inputs(self.inputs)
+        publish(self.final)
 
     # -- opening ------------------------------------------------------------------------------------
 
@@ -205,9 +178,9 @@ class PartialFolder:
         if self._restart:
             with writing(journal):
                 journal.unlink(missing_ok=True)
-        lines, whole_bytes = _read_journal(journal)
+        lines, whole_bytes = read_journal(journal)
         if lines:
-            self._check_same_merge(lines[0])
+            check_same(self.partial, lines[0], self.plan.digest, self.inputs)
         with writing(self.model):
             if not lines:
                 shutil.rmtree(self.model, ignore_errors=True)
@@ -220,25 +193,6 @@ class PartialFolder:
         if not lines:
             self._note({"plan": self.plan.digest, "inputs": self.inputs})
         self._take_up(lines[1:])
-
-    def _check_same_merge(self, begun: Mapping[str, Any]) -> None:
-        if begun.get("plan") != self.plan.digest:
-            raise OutputError(
-                f"{self.partial}: holds an unfinished merge of another recipe; finish it, "
-                f"choose another output, or give --restart to discard it"
-            )
-        before = begun.get("inputs", {})
-        for path in (*before, *self.inputs):
-            if self.inputs.get(path) != before.get(path):
-                raise OutputError(
-                    f"{path}: changed since the merge in {self.partial} was interrupted; "
-                    f"restore it, or give --restart to begin again"
-                )
-        if list(before) != list(self.inputs):
-            raise OutputError(
-                f"{self.partial}: holds an unfinished merge of these models in another order; "
-                f"give --restart to discard it"
-            )
 
     def _open_files(self) -> None:
         for shard in self.shards:
@@ -279,6 +233,67 @@ class PartialFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def take_lock(final: Path) -> int:
+    """The descriptor of a lock on what grows into `final`, until it is closed; raises OutputError."""
+    partial = partial_of(final)
+    check_own(partial)
+    with writing(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(lock).st_nlink:  # the run that held it finished and tidied up
+            raise BlockingIOError
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(
+            f"{final}: another run is writing there; wait for it or choose another output"
+        ) from None
+    return lock
+
+
+def publish(final: Path) -> None:
+    """Gives what has grown its name; a former folder is kept until then."""
+    partial = partial_of(final)
+    replaced = partial / REPLACED
+    with writing(final):
+        if final.is_dir() and any(final.iterdir()):
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        (partial / MODEL).rename(final)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_inputs(stamps: Mapping[str, Sequence[int]]) -> None:
+    """Raises ReadError when an input file is not what it was when this run began."""
+    for path, before in stamps.items():
+        if _stamp(Path(path)) != list(before):
+            raise ReadError(f"{path}: changed while it was being merged; start over with --restart")
+
+
+def check_same(
+    partial: Path, begun: Mapping[str, Any], plan: str, inputs: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises OutputError unless the first line of a journal is of this plan over these input files."""
+    if begun.get("plan") != plan:
+        raise OutputError(
+            f"{partial}: holds an unfinished merge of another recipe; give --restart to discard it, "
+            f"finish it by its own recipe, or choose another output"
+        )
+    before = begun.get("inputs", {})
+    for path in (*before, *inputs):
+        if inputs.get(path) != before.get(path):
+            raise OutputError(
+                f"{path}: changed since the merge in {partial} was interrupted; "
+                f"restore it, or give --restart to begin again"
+            )
+    if list(before) != list(inputs):
+        raise OutputError(
+            f"{partial}: holds an unfinished merge of these models in another order; "
+            f"give --restart to discard it"
+        )
+
+
 def input_stamps(plan: Plan) -> dict[str, list[int]]:
     """Size and modification time of every weight file that the plan reads."""
     return {str(file): _stamp(file) for model in plan.models for file in model.files()}
@@ -292,7 +307,7 @@ def _stamp(file: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
+def read_journal(journal: Path) -> tuple[list[dict[str, Any]], int]:
     """Whole lines of a journal and their bytes; the last one may have been cut off by a kill."""
     lines: list[dict[str, Any]] = []
     size = 0

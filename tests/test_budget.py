@@ -43,6 +43,14 @@ def recipe_of(folder: Path, case: Case, values: list[NDArray[np.uint16]]) -> Pat
     return recipe
 
 
+def measured_peak(recipe: Path, memory: str, fuse: str) -> tuple[int, int]:
+    """Projected and measured, in bytes."""
+    command = [sys.executable, "-c", RUN, str(recipe), memory, fuse]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    projected, measured = map(int, done.stdout.split())
+    return projected, measured
+
+
 @pytest.mark.parametrize("case", ONE_EACH + BY_ROWS, ids=lambda c: c.id)
 @pytest.mark.parametrize(
     ("memory", "fuse"), [("2GiB", "numpy"), ("512MiB", "fused"), ("300MiB", "numpy")]
@@ -50,14 +58,32 @@ def recipe_of(folder: Path, case: Case, values: list[NDArray[np.uint16]]) -> Pat
 def test_measured_peak_is_below_the_projected_one(
     case: Case, memory: str, fuse: str, values: list[NDArray[np.uint16]], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tmp_path, case, values)
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(recipe), memory, fuse],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    projected, measured = measured_peak(recipe_of(tmp_path, case, values), memory, fuse)
+    assert measured <= projected
+
+
+@pytest.mark.parametrize("fuse", ["numpy", "fused"])
+def test_measured_peak_of_a_merge_of_merges_is_below_the_projected_one(
+    fuse: str, values: list[NDArray[np.uint16]], tmp_path: Path
+) -> None:
+    ties = next(case for case in CASES if case.method == "ties")
+    inner = recipe_of(tmp_path, ties, values).read_text()
+    outer = inner.replace("model: m0", "model: x")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: x\n{inner}---\n{outer}")
+    command = [sys.executable, "-c", RUN, str(recipe), "512MiB", fuse]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     projected, measured = map(int, done.stdout.split())
+    assert measured <= projected
+
+
+@pytest.mark.parametrize("shape", [(2 << 20, 8), (4, 4 << 20)], ids=["short rows", "long rows"])
+@pytest.mark.parametrize("fuse", ["numpy", "fused"])
+def test_peak_holds_for_numbers_of_rows(shape: tuple[int, int], fuse: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    values = [stored(random.standard_normal(shape, dtype=np.float32), "BF16") for _ in range(2)]
+    recipe = recipe_of(tmp_path, Case("arcee_fusion", 2), values)
+    projected, measured = measured_peak(recipe, "2GiB", fuse)
     assert measured <= projected
 
 

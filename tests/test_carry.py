@@ -142,7 +142,7 @@ def test_the_provenance_lists_every_tensor_and_every_input(models: dict[str, Pat
     assert [entry["model"] for entry in data["inputs"]] == ["base", "a", "b"]
     assert {entry["tensors"] for entry in data["inputs"]} == {len(shapes())}
     assert len({entry["digest"] for entry in data["inputs"]}) == 3
-    assert data["recipe"]["models"][0]["parameters"] == {"weight": 0.5, "density": 0.6}
+    assert data["recipe"][0]["models"][0]["parameters"] == {"weight": 0.5, "density": 0.6}
 
 
 def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
@@ -172,4 +172,6 @@ def test_a_merge_of_merges_carries_no_old_provenance(tmp_path: Path) -> None:
     second = run_recipe(recipe, tmp_path / "second").folder
     assert first != second
     verify_folder(second)
-    assert json.loads((second / "mergetool.json").read_text())["recipe"]["merge_method"] == "linear"
+    assert (
+        json.loads((second / "mergetool.json").read_text())["recipe"][0]["merge_method"] == "linear"
+    )

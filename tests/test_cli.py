@@ -223,6 +223,21 @@ def test_a_plan_shows_the_resolved_parameters_and_writes_nothing(
     assert contents(recipe.parent) == before
 
 
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [("{energy: 0.5}", "an adapter to out"), ("{rank: 4}", "an adapter of rank 4 at most")],
+)
+def test_a_plan_of_an_adapter_does_not_promise_a_model(
+    tmp_path: Path, command: Command, section: str, told: str
+) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"merge_method: passthrough\nbase_model: zoo:base\nadapter: {section}\n"
+        "models: [{model: 'zoo:scribe'}]\n"
+    )
+    assert f"writes         {told}" in command("plan", "r.yaml", "-o", "out").out
+    assert json.loads(command("plan", "r.yaml", "--json").out)["write_bytes"] is None
+
+
 def test_json_is_one_document(recipe: Path, command: Command) -> None:
     planned = json.loads(command("plan", recipe, "--json", "--tensor", "lm_head").out)
     assert planned["tensors"]["lm_head.weight"]["parameters"]["density"] == [0.6, 0.6]

@@ -1,5 +1,6 @@
 """A compiled loop gives the bits of the numpy function that it was traced from."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from merge.formula import _REDUCED, _GrainFunction
-from merge.fuse import LANES, Loop, UntraceableError, traced
+from merge.fuse import LANES, ROW_LANES, Loop, UntraceableError, traced
 
 RNG = np.random.default_rng(0)
 A = RNG.standard_normal((50, 77), dtype=np.float32)
@@ -24,6 +25,8 @@ EXPRESSIONS: dict[str, Callable[[Any, Any], Any]] = {
     "narrowing": lambda a, b: (a.view(np.uint32) >> 16).astype(np.uint16),
     "double": lambda a, b: a.astype(np.float64) * b.astype(np.float64),
     "negative": lambda a, b: -a,
+    "choice": lambda a, b: np.where(a > b, a, np.where(b > 1.0, 1.0, b)),
+    "64 bits": lambda a, b: ((a.astype(np.float64).view(np.uint64) + 3) << 2).view(np.float64),
     "thresholds": lambda a, b: a * (np.abs(a) >= np.float32(0.5)),
 }
 
@@ -72,6 +75,22 @@ def test_sums_and_counts_are_numpys(size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("cols", [1, 2, 5, ROW_LANES - 1, ROW_LANES, ROW_LANES + 1, 77 * 50])
+def test_sums_of_rows_are_numpys_and_sums(cols: int) -> None:
+    a, b = (x.reshape(-1)[: x.size // cols * cols].reshape(-1, cols) for x in (A, B))
+
+    def terms(x: Sequence[Any], *_: Any) -> list[Any]:
+        wide = [v.astype(np.float64) for v in x]
+        return [wide[0] * 0.1, wide[0] * wide[1]]
+
+    found = _run_loop(traced(terms, [a.dtype, b.dtype], "rows"), "rows", [a, b], 0)
+    for sums, values in zip(found, terms([a, b]), strict=True):
+        assert sums.tobytes() == _REDUCED["rows"](values).tobytes()
+        exact = np.array([math.fsum(row) for row in values.tolist()])
+        # each of at most cols additions rounds a sum no larger than that of the magnitudes
+        assert (np.abs(sums - exact) <= cols * 2.0**-53 * np.abs(values).sum(axis=1)).all()
+
+
 def test_element_numbers_run_on() -> None:
     loop = traced(lambda x, index, high: [index + 0], [np.dtype(np.float32)], "store")
     found = _run_loop(loop, "store", [A], 2**32 - 5)[0]
@@ -93,11 +112,24 @@ def test_numbers_are_arguments_of_one_loop() -> None:
         lambda x: x[x > 0],
         lambda x: x if x > 0 else -x,
         lambda x: np.exp(x),
+        lambda x: np.where(x > 0),
+        lambda x: np.cumsum(x),
         lambda x: x * np.ones(3, np.float32),
         lambda x: np.add.reduce(x),
         lambda x: np.float32(1.0),
     ],
-    ids=["sum", "sort", "index", "branch", "exp", "array", "reduce", "constant"],
+    ids=[
+        "sum",
+        "sort",
+        "index",
+        "branch",
+        "exp",
+        "positions",
+        "cumsum",
+        "array",
+        "reduce",
+        "constant",
+    ],
 )
 def test_what_is_not_element_wise_is_refused(function: Callable[[Any], Any]) -> None:
     with pytest.raises((UntraceableError, TypeError)):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from merge.errors import RecipeError
 from merge.methods import all_methods
-from merge.recipe import Sections, load_recipe, parse_recipe, parse_size
+from merge.recipe import load_recipe, parse_recipe
+from merge.sections import Sections, parse_size
 
 TIES = """\
 base_model: base
@@ -157,7 +158,23 @@ def test_a_huge_number_does_not_make_a_long_message(weight: str) -> None:
 )
 def test_numbers_with_an_exponent_are_numbers(text: str, value: float) -> None:
     recipe = parse_recipe(LINEAR.replace("WEIGHT", text))
-    assert recipe.settings[0]["weight"].at("any", 0.0) == value
+    assert recipe.slices[0].entries[0].settings["weight"].at("any", 0.0) == value
+
+
+@pytest.mark.parametrize("key", ["include", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("re:(", "it is no regular expression (missing )"),
+        ("re:a{99999999999}", "it is no regular expression"),
+        ("", "it is empty"),
+    ],
+)
+def test_a_pattern_of_tensors_that_is_none_is_refused_in_its_line(
+    key: str, pattern: str, problem: str
+) -> None:
+    text = TIES.format(density=0.5) + f"{key}:\n- 're:ok|(fine)'\n- '{pattern}'\n"
+    assert f"r.yaml:10: {key}.1 is {pattern!r}; {problem}" in refusal(text)
 
 
 def test_a_key_given_twice_is_refused_with_both_lines() -> None:
@@ -299,7 +316,9 @@ def weight_at(weight: Any, name: str, depth: float = 0.0, *, shared: Any = None)
         data["models"][0]["parameters"] = {"weight": weight}
     if shared is not None:
         data["parameters"] = {"weight": shared}
-    return parse_recipe(yaml.safe_dump(data)).settings[0]["weight"].at(name, depth)
+    return (
+        parse_recipe(yaml.safe_dump(data)).slices[0].entries[0].settings["weight"].at(name, depth)
+    )
 
 
 def test_a_list_is_a_gradient_over_the_layers() -> None:
@@ -355,13 +374,15 @@ def test_compat_goes_before_the_default_and_after_the_recipe() -> None:
     plain, compat = parse_recipe(text), parse_recipe(text + "compat: mergekit\n")
     for name, value in switched.items():
         assert (
-            plain.shared[name].at("x", 0) == all_methods()["ties"].parameters[name].default != value
+            plain.slices[0].shared[name].at("x", 0)
+            == all_methods()["ties"].parameters[name].default
+            != value
         )
-        assert compat.shared[name].at("x", 0) == value
+        assert compat.slices[0].shared[name].at("x", 0) == value
         own = parse_recipe(
             text + f"compat: mergekit\nparameters: {{{name}: {str(not value).lower()}}}\n"
         )
-        assert own.shared[name].at("x", 0) is (not value)
+        assert own.slices[0].shared[name].at("x", 0) is (not value)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])

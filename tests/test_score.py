@@ -16,6 +16,7 @@ from merge.score import ModelScores, Score, Scores, Suite, Task, score_models, t
 from merge.shipped import shipped
 
 BASE = shipped("evals/zoo/base")
+ADAPTER = "zoo:adapters/roman-attention"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,34 @@ def test_the_command_prints_one_json_document(command: Callable[..., Ran]) -> No
     data = json.loads(ran.out)
     assert [m["model"] for m in data["models"]] == ["zoo:base"]
     assert ran.err == ""
+
+
+def test_a_parent_with_an_adapter_is_left_out_and_said_so(
+    command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """Its folder is that of its base, whose scores are not its own."""
+    label = f"zoo:base+{ADAPTER}"
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\n"
+        f"models: [{{model: 'zoo:base'}}, {{model: '{label}'}}]\n"
+        "score: {suite: quickstart, limit: 2}\n"
+    )
+    ran = command("run", "r.yaml", "-o", "out", "--json")
+    assert [m["model"] for m in json.loads(ran.out)["scores"]["models"]] == ["out", "zoo:base"]
+    assert f"note: {label}: is not scored" in ran.err
+
+
+def test_an_adapter_is_not_scored_and_refused_before_it_is_written(
+    command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: passthrough\nbase_model: zoo:base\nadapter: {}\n"
+        f"models: [{{model: '{ADAPTER}'}}]\n"
+    )
+    ran = command("run", "r.yaml", "-o", "out", "--score")
+    assert ran.code == 2
+    assert "r.yaml: --score: the result is an adapter" in ran.error
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_run_scores_the_result_beside_its_parents(

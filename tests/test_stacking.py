@@ -14,7 +14,7 @@ from architectures import (
     load_config,
     stacked_tensors,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge.anatomy import Module, layer_count, layer_tensors, main_stack, modules, sections
@@ -292,13 +292,16 @@ def test_what_one_model_says_and_another_does_not_is_refused() -> None:
         stacked_config(L2, "model.layers", [(L2, 0), (L2 | {"layer_types": ["a", "b"]}, 1)])
 
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 5) | st.text("a1,", max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("1a"), inner, max_size=2),
+# Python makes no number of more than 4300 digits, and takes those of every script
+WORDS = st.text("a1,", max_size=3) | st.sampled_from(["1" * 5000, "\u0661", "\u00b2"])
+JUNK = WORDS | st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 5) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=2),
     max_leaves=6,
 )
 
 
+@settings(max_examples=500)
 @given(
     config=st.dictionaries(
         st.sampled_from(

@@ -1,12 +1,12 @@
 """What of a fine-tune goes where in an adapter: into factors, whole, or nowhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge.adapters.delta import Delta
-from merge.adapters.modules import Modules, modules_of
+from merge.adapters.modules import Modules
+from merge.anatomy import natural_order
 from merge.numerics import FLOATS
-from merge.plan import natural_order
 from merge.sources.model import Model
 from merge.sources.names import Names
 
@@ -30,12 +30,18 @@ class Contents:
     tied: bool
 
 
-def sort_out(deltas: Mapping[str, Delta], base: Model) -> Contents:
-    """Reads every difference once; raises ReadError, NonFiniteError, and SourceError for an architecture that
-    is not known."""
-    modules = modules_of(base)
+def sort_out(
+    deltas: Mapping[str, Delta],
+    base: Model,
+    modules: Modules,
+    progress: Callable[[int], None],
+) -> Contents:
+    """Reads every difference once; progress(n): n more bytes of them. Raises ReadError, NonFiniteError."""
     names = sorted(deltas, key=natural_order)
-    norms = {name: deltas[name].norm() for name in names}
+    norms: dict[str, float] = {}
+    for name in names:
+        norms[name] = deltas[name].norm()
+        progress(deltas[name].nbytes)
     stored, unknown = _stored(names, modules)
     found: dict[str, dict[str, str]] = {"layer": {}, "bias": {}, "saved": {}, "impossible": {}}
     for key, name in stored.items():

@@ -6,9 +6,10 @@ grown ones). `PeftModel.from_pretrained(base, folder)` is then the fine-tune, bu
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ import yaml
 
 from merge.adapters.contents import Contents, sort_out
 from merge.adapters.delta import Delta
-from merge.adapters.file import GrowingFile
-from merge.errors import OutputError, PlanError
+from merge.adapters.journal import Journal, Run, Tensor
+from merge.adapters.modules import Modules
+from merge.anatomy import natural_order
+from merge.errors import PlanError
 from merge.lowrank import Factors, factors_of_product, factors_of_rows
 from merge.numerics import Raw, from_float32, random_key, rows_and_cols
-from merge.plan import natural_order
-from merge.sources.adapter import WEIGHTS
 from merge.sources.lora import PREFIX
-from merge.sources.model import ADAPTER, Model
-from merge.write import partial_of, writing
+from merge.sources.model import ADAPTER, ADAPTER_WEIGHTS, Model
+from merge.write import MODEL, check_inputs, partial_of, publish, take_lock, writing
 
 CARD = "README.md"
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -65,81 +66,86 @@ class Report:
 def write_adapter(
     deltas: Mapping[str, Delta],
     base: Model,
+    modules: Modules,
     out: Path,
     *,
     rank: int | None = None,
     energy: float | None = None,
     drop: bool = False,
     threads: int = 1,
+    run: Run,
 ) -> Report:
     """Writes the folder `out`: config, tensors and a card with every layer's error; whole or not at all.
+    Killed, the same call goes on after the last layer that was finished.
 
-    deltas: by the base's tensor names, see `deltas_between`. rank: of every layer, at most. energy: share of
-    the squared norm of a difference that is kept with the least rank. Known factors are kept as they are
-    where neither asks for less. drop: leaves out what PEFT cannot hold, which is a PlanError otherwise.
+    deltas: by tensor name. modules: of the base. rank: of every layer, at most. energy: share of the squared
+    norm of a difference that is kept with the least rank. Known factors are kept as they are where neither
+    asks for less. drop: leaves out what PEFT cannot hold, which is a PlanError otherwise.
     """
-    _check_free(out)
-    contents = sort_out(deltas, base)
-    _check(contents, deltas, out, drop, rank, energy)
-    partial = partial_of(out)
-    with writing(partial):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    file = GrowingFile(partial / WEIGHTS, _names(contents))
-    adapted = []
-    for module, name in contents.layers.items():
-        found = _factors(deltas[name], rank, energy, random_key(name), threads)
-        adapted.append(
-            Adapted(module, deltas[name].shape, found.rank, contents.norms[name], found.error)
-        )
-        _add(file, module, found, contents.modules.linear[module])
-    for key, name in contents.whole.items():
-        file.add(PREFIX + key, deltas[name].dtype, deltas[name].shape, _stored(deltas[name]))
-    file.finish()
-    dropped = {name: contents.norms[name] for name in contents.impossible}
-    report = Report(out, tuple(adapted), tuple(contents.whole), dropped, contents.rows)
-    with writing(partial):
-        (partial / ADAPTER).write_text(json.dumps(_config(contents, report, base), indent=2) + "\n")
-        (partial / CARD).write_text(_card(report, base), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+    contents = sort_out(deltas, base, modules, run.progress)
+    _check(contents, out, drop)
+
+    def factors(name: str) -> Factors:
+        return _factors(deltas[name], rank, energy, random_key(name), threads)
+
+    lock = take_lock(out)
+    try:
+        report = _grown(contents, deltas, factors, out, run)
+        texts = {ADAPTER: json.dumps(_config(contents, report, base), indent=2) + "\n"}
+        _write_texts(out, texts | {CARD: _card(report, base)})
+        _write_texts(out, run.beside(report))
+        check_inputs(run.inputs)
+        publish(out)
+    finally:
+        os.close(lock)
     return report
 
 
-def _check_free(out: Path) -> None:
-    """Raises OutputError unless `out` is absent or empty and its partial is one of ours."""
-    ours = {ADAPTER, WEIGHTS, CARD}
-    for folder, allowed in ((out, set[str]()), (partial_of(out), ours)):
-        if folder.exists() and not (
-            folder.is_dir() and {f.name for f in folder.iterdir()} <= allowed
-        ):
-            raise OutputError(f"{folder}: exists and holds something else; choose another output")
+def _write_texts(out: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        file = partial_of(out) / MODEL / name
+        with writing(file):
+            file.write_text(text, encoding="utf-8")
 
 
-def _check(
+def _grown(
     contents: Contents,
     deltas: Mapping[str, Delta],
+    factors: Callable[[str], Factors],
     out: Path,
-    drop: bool,
-    rank: int | None,
-    energy: float | None,
-) -> None:
+    run: Run,
+) -> Report:
+    """Layer by layer, then what is kept whole; a line of the journal tells of each."""
+    adapted: list[Adapted] = []
+    with Journal(partial_of(out), ADAPTER_WEIGHTS, list(_names(contents)), run) as journal:
+        for module, name in contents.layers.items():
+            if known := journal.known(module):
+                adapted.append(Adapted(**known["layer"]))
+            else:
+                found = factors(name)
+                shape, norm = deltas[name].shape, contents.norms[name]
+                adapted.append(Adapted(module, shape, found.rank, norm, found.error))
+                parts = _parts(module, found, contents.modules.linear[module])
+                journal.add(module, {"layer": asdict(adapted[-1])}, parts)
+            run.progress(deltas[name].nbytes)
+        for key, name in contents.whole.items():
+            if not journal.known(key):
+                delta = deltas[name]
+                journal.add(key, {}, {PREFIX + key: (delta.dtype, delta.shape, _stored(delta))})
+    dropped = {name: contents.norms[name] for name in contents.impossible}
+    return Report(out, tuple(adapted), tuple(contents.whole), dropped, contents.rows)
+
+
+def _check(contents: Contents, out: Path, drop: bool) -> None:
     """Raises PlanError where there is nothing to write, or no way to write all of it."""
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
-        raise PlanError(
-            f"{out}: rank {rank}, energy {energy}; a rank is 1 or more, an energy in (0, 1]"
-        )
     if contents.impossible and not drop:
         raise PlanError(
             f"{out}: PEFT cannot hold the changes of {', '.join(contents.impossible[:3])} "
-            f"({len(contents.impossible)} in all); write a whole model, or leave them out with drop"
+            f"({len(contents.impossible)} in all); write a whole model, or leave them out with "
+            "adapter: {drop: true}"
         )
     if not contents.layers:
         raise PlanError(f"{out}: no linear layer changed, and PEFT loads no adapter without one")
-    unknown = [name for name in contents.layers.values() if not deltas[name].factors]
-    if unknown and rank is None and energy is None:
-        raise PlanError(f"{out}: give a rank or an energy; no factors of {unknown[0]!r} are known")
 
 
 def _names(contents: Contents) -> Iterator[str]:
@@ -150,18 +156,20 @@ def _names(contents: Contents) -> Iterator[str]:
 def _factors(
     delta: Delta, rank: int | None, energy: float | None, key: int, threads: int
 ) -> Factors:
-    if delta.factors:
-        return factors_of_product(delta.factors, rank=rank, energy=energy)
+    if delta.known:
+        return factors_of_product(delta.known.load(), rank=rank, energy=energy)
     assert delta.read is not None
     shape = rows_and_cols(delta.shape)
     return factors_of_rows(delta.read, shape, rank=rank, energy=energy, key=key, threads=threads)
 
 
-def _add(file: GrowingFile, module: str, found: Factors, transposed: bool) -> None:
+def _parts(module: str, found: Factors, transposed: bool) -> dict[str, Tensor]:
     """The factors as PEFT stores them, A [rank, in] and B [out, rank], also where the layer is [in, out]."""
     a, b = (found.b.T, found.a.T) if transposed else (found.a, found.b)
-    for part, values in (("A", a), ("B", b)):
-        file.add(f"{PREFIX}{module}.lora_{part}.weight", "F32", values.shape, [values])
+    return {
+        f"{PREFIX}{module}.lora_{part}.weight": ("F32", values.shape, [values])
+        for part, values in (("A", a), ("B", b))
+    }
 
 
 def _stored(delta: Delta) -> Iterator[Raw]:
@@ -172,19 +180,19 @@ def _stored(delta: Delta) -> Iterator[Raw]:
 def _config(contents: Contents, report: Report, base: Model) -> dict[str, Any]:
     """adapter_config.json: the scale of every layer is 1, since alpha is its rank."""
     ranks = {layer.module: layer.rank for layer in report.adapted}
-    most = max(ranks.values())
-    fewer = {module: rank for module, rank in ranks.items() if rank != most}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
     kinds = base.config.get("architectures") or [""]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if str(kinds[0]).endswith(CAUSAL) else None,
         "base_model_name_or_path": base.public_name,
         "inference_mode": True,
-        "r": most,
-        "lora_alpha": most,
+        "r": usual,
+        "lora_alpha": usual,
         "lora_dropout": 0.0,
-        "rank_pattern": fewer,
-        "alpha_pattern": fewer,
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "target_modules": sorted(ranks, key=natural_order),
         "modules_to_save": list(contents.saved) or None,
         "bias": "all" if contents.biases else "none",
@@ -211,7 +219,7 @@ def _card(report: Report, base: Model) -> str:
         f"# A LoRA adapter for {base.public_name}\n\n"
         f"Extracted with mergetool. Load it with `PeftModel.from_pretrained(base, folder)`. {resize}\n\n"
         f"Kept whole: {saved}.\n\n{lacks}"
-        "The error of a layer is the norm of what its factors miss over the norm of what the fine-tune "
+        "The error of a module is the norm of what its factors miss over the norm of what the merge "
         f"changed; of all together {report.error:.4f}.\n\n"
-        f"| layer | shape | rank | error |\n|---|---|---|---|\n{table}\n"
+        f"| module | shape | rank | error |\n|---|---|---|---|\n{table}\n"
     )

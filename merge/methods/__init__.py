@@ -9,6 +9,7 @@ Further positional arguments are handed in by their names:
     x        list of arrays; with space="delta" they are task vectors and the result is added to the base
              (base="optional": where the recipe names one)
     stats    what the method's statistics passes found out about the whole tensor
+    of_rows  what they found out about each row (see OfRows): float32 of the shape of x[0], or None
     random   random(i) -> uint32 array like x[i], the same for the same seed, tensor, model and element
 
 Statistics passes are a generator: it yields a Sums or Counts, is sent what that found over the whole
@@ -45,24 +46,39 @@ class Sums:
 
     by_column: the sums over the rows of int64 arrays, which any order of adding leaves exact, sent as
     int64 [terms, cols]. `terms` may then yield one array after the other.
+
+    by_row: the sums of each row, sent as float64 [terms, rows]. Not for tensors of one column, a vector
+    being so many rows.
     """
 
     terms: Callable[[Models], Iterable[NDArray[Any]]]
     by_column: bool = False
+    by_row: bool = False
 
 
 @dataclass(frozen=True)
 class Counts:
     """A pass: how often each number occurs in the uint32 arrays `bins(x)`, sent as int64 [arrays, BINS].
 
-    Numbers from BINS on are not counted.
+    Numbers from BINS on are not counted. of_rows: float32 [rows]; then it is bins(x, of_rows) that is
+    counted, where each of these numbers is repeated along its row.
     """
 
-    bins: Callable[[Models], Sequence[NDArray[np.uint32]]]
+    bins: Callable[..., Sequence[NDArray[np.uint32]]]
+    of_rows: Array | None = None
+
+
+@dataclass(frozen=True)
+class OfRows:
+    """What passes return to a method that takes `of_rows`: float32 [rows] or None, and its `stats`."""
+
+    of_rows: Array | None
+    stats: Any
 
 
 Statistic = NDArray[Any]
-Passes = Generator[Sums | Counts, Statistic, Any]
+Request = Sums | Counts
+Passes = Generator[Request, Statistic, Any]
 
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -136,7 +152,9 @@ class Parameter:
 class Method:
     """A registered method. `base` is "required", "optional" (without one the models themselves take the
     place of task vectors), "first" (one of the models, put first) or "donor" (only lends its files).
-    `workspace` counts the float32 arrays of a grain alive at once, per model."""
+    `workspace` counts the float32 arrays of a grain alive at once, per model. `compiled`: its expressions
+    are element-wise, so that the engine can make one loop of them. `coefficients`(**parameters): those of
+    the models, where the result is their weighted sum."""
 
     name: str
     function: Callable[..., Array]
@@ -145,12 +163,14 @@ class Method:
     models: tuple[int, int]
     passes: int
     workspace: int
+    compiled: bool
     paper: str
     parameters: Mapping[str, Parameter]
     statistics: Callable[..., Passes | None] | None
     mergekit: Mapping[str, Any]
     check: Callable[..., str | None] | None
     copies: Callable[..., bool]
+    coefficients: Callable[..., Sequence[float]] | None
     takes: tuple[str, ...]
 
     @property
@@ -186,18 +206,20 @@ def method(
     models: tuple[int, int] = (1, 1000),
     passes: int = 0,
     workspace: int = 3,
+    compiled: bool = True,
     paper: str = "",
     statistics: Callable[..., Passes | None] | None = None,
     mergekit: Mapping[str, Any] | None = None,
     check: Callable[..., str | None] | None = None,
     copies: Callable[..., bool] = lambda **_: False,
+    coefficients: Callable[..., Sequence[float]] | None = None,
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """Registers a function of one grain as the merge method of its name.
 
     passes: statistics passes that the method usually makes; statistics(size, models=, cols=, **parameters)
     starts them (None: not needed with these parameters). mergekit: parameters that give mergekit's
     arithmetic. check(**parameters) -> what is wrong with them together. copies(**parameters): the result
-    is the one model as it is stored, bit for bit.
+    is the one model as it is stored, bit for bit. coefficients(**parameters): see Method.
     """
 
     def register(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -208,8 +230,10 @@ def method(
             _parameter(p, texts) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
         ]
         _REGISTRY[function.__name__] = Method(
-            function.__name__, function, space, base, models, passes, workspace, paper,
-            {p.name: p for p in parameters}, statistics, mergekit or {}, check, copies, takes,
+            function.__name__, function, space, base, models, passes, workspace, compiled,
+            paper,
+            {p.name: p for p in parameters}, statistics, mergekit or {}, check, copies,
+            coefficients, takes,
         )  # fmt: skip
         return function
 

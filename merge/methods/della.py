@@ -71,7 +71,7 @@ def _beyond_chance(*, density: list[float], epsilon: list[float], **_: Any) -> s
 
 
 @method(
-    space="delta", base="required", workspace=14, check=_beyond_chance, mergekit=MERGEKIT,
+    space="delta", base="required", workspace=14, compiled=False, check=_beyond_chance, mergekit=MERGEKIT,
     paper="arXiv:2406.11617",
 )  # fmt: skip
 def della(
@@ -118,7 +118,8 @@ def della(
 
 
 @method(
-    space="delta", base="required", workspace=14, check=_beyond_chance, paper="arXiv:2406.11617",
+    space="delta", base="required", workspace=14, compiled=False, check=_beyond_chance,
+    paper="arXiv:2406.11617",
 )  # fmt: skip
 def della_linear(
     x: Models,

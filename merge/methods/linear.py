@@ -25,7 +25,16 @@ def _sums_to_zero(*, weight: list[float], normalize: bool, **_: Any) -> str | No
     return None
 
 
-@method(space="weights", base="donor", check=_sums_to_zero, paper="arXiv:2203.05482", workspace=2)
+def shares(*, weight: Sequence[float], normalize: bool) -> list[float]:
+    """The weights, divided by their signed sum where that is wanted."""
+    divisor = math.fsum(weight) if normalize else 1.0
+    return [w / divisor for w in weight]
+
+
+@method(
+    space="weights", base="donor", check=_sums_to_zero, coefficients=shares, workspace=2,
+    paper="arXiv:2203.05482",
+)  # fmt: skip
 def linear(x: Models, *, weight: PerModel[Weight], normalize: bool = True) -> Array:
     """Weighted average of the models: sum(w_i x_i) / sum(w_i).
 
@@ -39,11 +48,13 @@ def linear(x: Models, *, weight: PerModel[Weight], normalize: bool = True) -> Ar
         weight: coefficient of this model
         normalize: divide the weights by their sum
     """
-    divisor = math.fsum(weight) if normalize else 1.0
-    return weighted_sum(x, [w / divisor for w in weight])
+    return weighted_sum(x, shares(weight=weight, normalize=normalize))
 
 
-@method(space="delta", base="required", paper="arXiv:2212.04089", workspace=2)
+@method(
+    space="delta", base="required", paper="arXiv:2212.04089", workspace=2,
+    coefficients=lambda *, weight, normalize, lambda_, **_: scaled_weights(weight, normalize, lambda_),
+)  # fmt: skip
 def task_arithmetic(
     x: Models,
     *,
@@ -75,7 +86,7 @@ def scaled_weights(weight: Sequence[float], normalize: bool, scale: float) -> li
 
 @method(
     space="weights", base="donor", models=(1, 1), workspace=2,
-    copies=lambda *, scale, **_: scale == [1.0],
+    copies=lambda *, scale, **_: scale == [1.0], coefficients=lambda *, scale, **_: scale,
 )  # fmt: skip
 def passthrough(x: Models, *, scale: PerModel[Weight] = each(1.0)) -> Array:
     """The one model, scaled: s x. With scale 1 the stored bytes are copied as they are.

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.fuse import BINS
 from merge.methods import Counts, Density, Models, Passes, PerModel, Weight, each, method
 from merge.methods.linear import weighted_sum
 from merge.numerics import Array
@@ -24,9 +23,12 @@ def magnitude_thresholds(size: int, *, density: Sequence[float], **_: Any) -> Pa
 
 
 def magnitudes_at(
-    wanted: Sequence[tuple[int, int]], of: Callable[[Models], Models] = lambda x: x
+    wanted: Sequence[tuple[int, int]],
+    of: Callable[..., Models] = lambda x: x,
+    of_rows: Array | None = None,
 ) -> Passes:
     """For each (i, rank) the rank-th largest |of(x)[i]| over the tensor, float32 [wanted]; exact.
+    With `of_rows` it is |of(x, of_rows)[i]|, as Counts say.
 
     float32 magnitudes sort like their bits, so each pass counts bits in BINS bins of a bracket that
     holds the answer and the next pass takes the one bin that it fell in: two passes from 31 bits.
@@ -36,29 +38,31 @@ def magnitudes_at(
     low, high = [0] * len(wanted), [LARGEST] * len(wanted)
     while any(a < b for a, b in zip(low, high, strict=True)):
         shift = [max(0, (b - a).bit_length() - 16) for a, b in zip(low, high, strict=True)]
-        counts = yield Counts(partial(_bins, of=of, arrays=arrays, low=low, shift=shift))
-        for i, bins in enumerate(counts):
-            bins[((high[i] - low[i]) >> shift[i]) + 1 :] = 0  # above the bracket
-            from_top = np.cumsum(bins[::-1])
+        brackets = list(zip(arrays, low, shift, strict=True))
+        distinct = sorted(set(brackets))
+        counts = yield Counts(partial(_bins, of=of, brackets=distinct), of_rows)
+        for i, bracket in enumerate(brackets):
+            top = (high[i] - low[i]) >> shift[i]
+            from_top = np.cumsum(counts[distinct.index(bracket)][top::-1])
             step = int(np.searchsorted(from_top, remaining[i]))
-            if step == BINS:  # fewer numbers than that, the others being NaN: all of them stay
+            if step > top:  # fewer numbers than that, the others being NaN: all of them stay
                 low[i] = high[i] = 0
                 continue
             remaining[i] -= int(from_top[step - 1]) if step else 0
-            low[i] += (BINS - 1 - step) << shift[i]
+            low[i] += (top - step) << shift[i]
             high[i] = min(high[i], low[i] + (1 << shift[i]) - 1)
     return np.array(low, dtype=np.uint32).view(np.float32)
 
 
 def _bins(
-    x: Models, *, of: Callable[[Models], Models], arrays: Sequence[int], low: Sequence[int],
-    shift: Sequence[int],
-) -> list[NDArray[np.uint32]]:  # fmt: skip
-    """(bits of |of(x)| - low) >> shift; what lies below `low` wraps around to large numbers."""
-    values = of(x)
+    *x: Any, of: Callable[..., Models], brackets: Sequence[tuple[int, int, int]]
+) -> list[NDArray[np.uint32]]:
+    """(bits of |of(*x)[i]| - low) >> shift for each bracket (i, low, shift); what lies below `low` wraps
+    around to large numbers."""
+    values = of(*x)
     return [
         (np.abs(values[i]).view(np.uint32) - np.uint32(first)) >> np.uint32(by)
-        for i, first, by in zip(arrays, low, shift, strict=True)
+        for i, first, by in brackets
     ]
 
 

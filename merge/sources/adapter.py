@@ -6,21 +6,29 @@ Factors are float32, their product is float64 for one grain at a time, and the s
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from merge.blas import Matrix, product
 from merge.errors import SourceError
-from merge.numerics import Array, grain_rows
+from merge.numerics import Array, grain_rows, grains
 from merge.sources import Source, TensorInfo
 from merge.sources.lora import Change, Config, Product, changes, read_config
-from merge.sources.model import ADAPTER, Model, read_json, text_config
+from merge.sources.model import (
+    ADAPTER,
+    ADAPTER_PICKLED,
+    ADAPTER_WEIGHTS,
+    Model,
+    read_json,
+    text_config,
+)
+from merge.sources.pickled import read_checkpoint
 from merge.sources.positioned import stored_source
 from merge.sources.safetensors import read_header
 
-WEIGHTS = "adapter_model.safetensors"
 KEPT = 2  # tensors whose factors stay in memory: one is being finished while the next begins
 ARRAYS = 3 * 8 + 4  # bytes for each element of a grain: the sum, the product, a square; float32
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
@@ -41,17 +49,37 @@ def with_adapter(model: Model, folder: Path, name: str, commit: str | None = Non
         name=public,
         source=adapted.source(),
         commit=_joined(model.commit, commit),
-        beside=(*model.beside, folder / WEIGHTS, folder / ADAPTER),
+        beside=(*model.beside, _weights(folder), folder / ADAPTER),
+        adapters=(*model.adapters, folder),
         notes=(*model.notes, *_base_note(model, config, public)),
     )
 
 
-def factors_of(model: Model, folder: Path) -> dict[str, tuple[Array, Array]]:
-    """b [rows, rank] and a [rank, cols], float32, whose product the adapter in `folder` adds to a tensor of
-    `model`; without those that it changes in other ways (DoRA, whole tensors, biases, token rows)."""
+@dataclass(frozen=True)
+class KnownFactors:
+    """What an adapter adds to one tensor: a product of that rank. `load`() -> (b [rows, rank], a [rank,
+    cols]) float32, its scale in b."""
+
+    rank: int
+    load: Callable[[], tuple[Array, Array]]
+
+
+def factors_of(model: Model, folder: Path) -> dict[str, KnownFactors] | None:
+    """By tensor of `model`; None where the adapter in `folder` does more than to add products (DoRA, whole
+    tensors, biases, token rows)."""
     _, adapter, found = _opened(model, folder)
-    plain = {n: c.product for n, c in found.items() if c.product and c == Change(product=c.product)}
-    return {n: _factors(adapter, p) for n, p in plain.items() if not p.magnitude}
+    products = {name: change.product for name, change in found.items()}
+    if any(p is None or p.magnitude or found[n] != Change(product=p) for n, p in products.items()):
+        return None
+    return {
+        name: KnownFactors(_rank(adapter, product), partial(_factors, adapter, product))
+        for name, product in products.items()
+        if product
+    }
+
+
+def _rank(adapter: Source, product: Product) -> int:
+    return adapter.tensors[product.a].rows
 
 
 def _factors(adapter: Source, product: Product) -> tuple[Array, Array]:
@@ -63,11 +91,18 @@ def _factors(adapter: Source, product: Product) -> tuple[Array, Array]:
 def _opened(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Change]]:
     """An adapter's config, its tensors, and what it changes of `model`; raises SourceError."""
     config = read_config(str(folder / ADAPTER), read_json(folder / ADAPTER))
-    stored = read_header(folder / WEIGHTS)
+    weights = _weights(folder)
+    stored = (read_header if weights.name == ADAPTER_WEIGHTS else read_checkpoint)(weights)
     kind = str(model.config.get("model_type"))
     found = changes(config, stored, model.source.tensors, label=model.label, model_type=kind)
     _check_tied(model, config, found)
     return config, stored_source(stored), found
+
+
+def _weights(folder: Path) -> Path:
+    """safetensors, else PyTorch's format where that is there."""
+    stored, pickled = folder / ADAPTER_WEIGHTS, folder / ADAPTER_PICKLED
+    return pickled if pickled.is_file() and not stored.is_file() else stored
 
 
 def _joined(base: str | None, adapter: str | None) -> str | None:
@@ -135,7 +170,7 @@ class _Adapted:
             return self._adapter.read(change.whole, first_row, end_row, out)
         apply, info = self._recent.get(name), self._base.tensors[name]
         merged = np.frombuffer(out, "<f4").reshape(end_row - first_row, info.cols)
-        for first, end in _grains(info, first_row, end_row):
+        for first, end in grains(info.shape, first_row, end_row):
             merged[first - first_row : end - first_row] = apply(
                 self._before(name, first, end), first
             )
@@ -205,19 +240,13 @@ class _Adapted:
         over the base."""
         info = self._base.tensors[name]
         total = np.zeros(info.cols)
-        for first, end in _grains(info, 0, info.rows):
+        for first, end in grains(info.shape):
             total += np.square(add(self._before(name, first, end), first)).sum(axis=0)
         return total
 
     def _values(self, name: str) -> Array:
         """A tensor of the adapter, [rows, cols] float32; a vector is one column."""
         return self._adapter.rows(name, 0, self._adapter.tensors[name].rows)
-
-
-def _grains(info: TensorInfo, first_row: int, end_row: int) -> Iterator[tuple[int, int]]:
-    grain = grain_rows(info.shape)
-    for first in range(first_row, end_row, grain):
-        yield first, min(first + grain, end_row)
 
 
 def _replacing(indices: Sequence[int], values: Array) -> Apply:

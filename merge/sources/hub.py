@@ -16,7 +16,7 @@ from pathlib import Path
 from merge.errors import MergetoolError, ReadError, SourceError
 from merge.sources import Source, TensorInfo
 from merge.sources.foreign import refuse_declared
-from merge.sources.model import read_json
+from merge.sources.model import ADAPTER, ADAPTER_PICKLED, ADAPTER_WEIGHTS, read_json
 from merge.sources.pickled import parse_checkpoint
 from merge.sources.safetensors import (
     INDEX,
@@ -35,7 +35,6 @@ from merge.sources.weights import (
 BESIDE = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "LICENSE*", "tokenizer*"]
 NEVER = ["*/*", "*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.pt", "*.pth", "*.safetensors"]
 ENDINGS = tuple(ending for layout in LAYOUTS for ending in (*layout.endings, layout.index))
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HEADER_THREADS = 8  # as many as the hub's library uses for files: it is waiting, not work
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -81,20 +80,18 @@ def peek(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Pat
 
 
 def fetch_adapter(repo: str, revision: str | None, *, offline: bool = False) -> tuple[Path, str]:
-    """As `fetch`, but the two files of a LoRA adapter, which is small, and nothing else."""
+    """As `fetch`, but the two files of a LoRA adapter, which is small, and nothing else; its weights in
+    PyTorch's format where it has no others."""
     model = _wanted(repo, revision, offline)
-    with _told_in_one_line(model):
-        folder = _download(model, revision, allow=list(ADAPTER_FILES), ignore=[])
-    if not COMMIT.fullmatch(folder.name):
-        raise SourceError(f"{model}: the hub's commit is {folder.name!r}, which is no hash")
-    if missing := _missing(folder, ADAPTER_FILES):
-        reason = (
-            _not_cached()
-            if model.offline
-            else f"has no {missing[0]}; it is no adapter in safetensors"
-        )
-        raise SourceError(f"{model}: {reason}")
-    return folder, folder.name
+    for weights in (ADAPTER_WEIGHTS, ADAPTER_PICKLED):
+        with _told_in_one_line(model):
+            folder = _download(model, revision, allow=[ADAPTER, weights], ignore=[])
+        if not COMMIT.fullmatch(folder.name):
+            raise SourceError(f"{model}: the hub's commit is {folder.name!r}, which is no hash")
+        if not _missing(folder, (ADAPTER, weights)):
+            return folder, folder.name
+    lacks = f"is no adapter: it has no {ADAPTER} with {ADAPTER_WEIGHTS} or {ADAPTER_PICKLED} beside"
+    raise SourceError(f"{model}: {_not_cached() if model.offline else lacks}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from merge.errors import SourceError
 from merge.numerics import FLOATS
 from merge.sources import TensorInfo
+from merge.sources.module_patterns import ALLOWED, LONGEST, first_fitting, is_readable
 from merge.sources.names import Names
 
 PREFIX = "base_model.model."
@@ -68,10 +69,7 @@ INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 # architectures whose linear layers are stored transposed, [in, out], and the names of those
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 CONV1D_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
-PATTERN = r"(.*\.)?({})$"  # of rank_pattern and alpha_pattern, against a module's name
-REPEATS = re.compile(r"[*+{]")
-PATTERN_LIMIT = 200  # characters
-REPEATS_LIMIT = 4  # of one pattern: more could take forever to match
+PATTERNS = 1000  # of rank_pattern or alpha_pattern, at most: each is held against each module
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,12 @@ class Config:
     base: str
 
     def rank_of(self, module: str) -> int:
-        return self.ranks.get(_pattern(self.ranks, module), self.rank)
+        return self.ranks.get(first_fitting(self.ranks, module), self.rank)
 
     def scale_of(self, module: str) -> float:
         """What the product of the factors of `module` is multiplied by."""
         rank = self.rank_of(module)
-        alpha = self.alphas.get(_pattern(self.alphas, module), self.alpha)
+        alpha = self.alphas.get(first_fitting(self.alphas, module), self.alpha)
         return alpha / (sqrt(rank) if self.rslora else rank)
 
 
@@ -182,26 +180,15 @@ def _patterns(where: str, data: Mapping[str, Any], key: str) -> Iterator[tuple[s
     table = data.get(key) or {}
     if not isinstance(table, dict):
         raise SourceError(f"{where}: {key} is not a table of modules")
-    for pattern, value in table.items():
-        if (
-            len(pattern) > PATTERN_LIMIT
-            or len(REPEATS.findall(pattern)) > REPEATS_LIMIT
-            or re.search(r"\)[*+{]", pattern)
-        ):
+    if len(table) > PATTERNS:
+        raise SourceError(f"{where}: {key} has {len(table)} patterns; at most {PATTERNS} are read")
+    for pattern in table:
+        if not is_readable(pattern):
             raise SourceError(
-                f"{where}: {key} has {pattern[:60]!r}, which may take forever to match; "
-                "name the modules"
+                f"{where}: {key} has {pattern[:60]!r}; name the modules, with {ALLOWED} alone, in at most "
+                f"{LONGEST} characters"
             )
-        try:
-            re.compile(PATTERN.format(pattern))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise SourceError(f"{where}: {key} has {pattern!r}: {error}") from None
-        yield pattern, value
-
-
-def _pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """The first of the patterns that fits the end of the module's name, as PEFT matches them."""
-    return next((p for p in patterns if re.match(PATTERN.format(p), module)), "")
+    yield from table.items()
 
 
 def _tokens(where: str, value: Any) -> dict[str, tuple[int, ...]]:

@@ -1,30 +1,29 @@
-"""A model as a recipe names it: a local folder, a hub id with an optional revision, or zoo:NAME; then,
-each after a plus, LoRA adapters named in the same ways."""
+"""An opened model, and the files of models and adapters beside their tensors."""
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge.errors import SourceError
-from merge.shipped import shipped
 from merge.sources import Source
-from merge.sources.foreign import refuse_declared, refuse_quantised
-from merge.sources.weights import open_weights, weight_files
+from merge.sources.weights import weight_files
 
-HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
 ZOO = "zoo:"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_PICKLED = "adapter_model.bin"  # read where there are no ADAPTER_WEIGHTS
 
 
 @dataclass(frozen=True)
 class Model:
     """An opened model: how the recipe names it, its folder, config.json, tensors and hub commit.
 
-    `beside`: files outside its folder that its tensors come from too. `name`: what may be told to
-    others, where neither label nor folder does. `notes`: doubts that came up as it was opened.
+    `beside`: files outside its folder that its tensors come from too, of the LoRA adapters in the folders
+    `adapters`. `computed`: it is a merge that is
+    not written, with the folder of the model that lends its files. `name`: what may be told to others,
+    where neither label nor folder does. `notes`: doubts that came up as it was opened. `zeros`: nothing of
+    it but names and shapes counts.
     """
 
     label: str
@@ -33,8 +32,11 @@ class Model:
     source: Source
     commit: str | None = None
     beside: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
+    computed: bool = False
     name: str = ""
     notes: tuple[str, ...] = ()
+    zeros: bool = False
 
     @property
     def public_name(self) -> str:
@@ -51,6 +53,8 @@ class Model:
 
     def files(self) -> list[Path]:
         """The weight files, for telling later whether they changed."""
+        if self.computed:
+            return []
         return [*(self.folder / name for name in weight_files(self.folder)), *self.beside]
 
 
@@ -64,122 +68,9 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else config
 
 
-Fetch = Callable[[str, str | None], tuple[Path, str]]
-Peek = Callable[[str, str | None], tuple[Path, str, Source]]
-
-
-def open_model(
-    label: str,
-    beside: Sequence[Path] = (),
-    fetch: Fetch | None = None,
-    peek: Peek | None = None,
-    fetch_adapter: Fetch | None = None,
-) -> Model:
-    """The model that `label` names, with its adapters; raises SourceError.
-
-    beside: folders that relative paths may start from, after the current one. fetch(repo, revision)
-    -> (folder, commit) gets a model from the hub; None means that this is not wanted. peek(repo,
-    revision) -> (folder, commit, source) is taken instead where only headers are needed.
-    fetch_adapter: as fetch, for adapters.
-    """
-    from merge.sources.adapter import with_adapter  # which builds on this module
-
-    base, *adapters = _parts(label, beside)
-    model = _open_plain(base, beside, fetch, peek)
-    for part in adapters:
-        folder, commit = locate(part, beside, fetch_adapter)
-        model = with_adapter(model, folder, public_name(part, folder, commit), commit)
-    return replace(model, label=label)
-
-
-def _parts(label: str, beside: Sequence[Path]) -> list[str]:
-    """The model and its adapters; a plus in the name of a folder that is there separates nothing."""
-    pieces = label.split("+")
-    names = ["+".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
-    found = next(
-        (n for n in names if any(_is_folder(s / _at_home(n)) for s in (Path(), *beside))), ""
-    )
-    first = found if "+" in found else pieces[0]
-    rest = label[len(first) + 1 :]
-    if "+" in label and not (first and (rest or first == label)):
-        raise SourceError(f"model {label!r}: nothing before or after a plus; write model+adapter")
-    return [first, *(_parts(rest, beside) if rest else ())]
-
-
-def _open_plain(
-    label: str, beside: Sequence[Path], fetch: Fetch | None, peek: Peek | None
-) -> Model:
-    peeked: list[Source] = []
-
-    def peeking(repo: str, revision: str | None) -> tuple[Path, str]:
-        assert peek is not None
-        folder, commit, source = peek(repo, revision)
-        peeked.append(source)
-        return folder, commit
-
-    folder, commit = locate(label, beside, peeking if peek else fetch)
-    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
-        raise SourceError(
-            f"model {label!r}: is an adapter; write the model that it adapts, a plus and this"
-        )
-    config = read_json(folder / "config.json")
-    refuse_declared(str(folder), config)
-    source = peeked[0] if peeked else open_weights(folder)
-    refuse_quantised(str(folder), source.tensors)
-    return Model(label, folder, config, source, commit)
-
-
-def locate(
-    label: str, beside: Sequence[Path] = (), fetch: Fetch | None = None
-) -> tuple[Path, str | None]:
-    """Folder and hub commit of the model that `label` names; raises SourceError."""
-    if label.startswith(ZOO):
-        return _in_zoo(label), None
-    if not label.isprintable():
-        raise SourceError(f"model {label!r}: not the name of a folder or of a hub model")
-    places = {(start / _at_home(label)).resolve() for start in (Path(), *beside)}
-    found = [place for place in places if _is_folder(place)]
-    if len(found) > 1:
-        raise SourceError(
-            f"model {label!r} is both {found[0]} and {found[1]}; write the whole path"
-        )
-    if found:
-        return found[0], None
-    if "+" in label:
-        raise SourceError(
-            f"model {label!r}: a model with adapters has no folder of its own; merge them first"
-        )
-    hub = HUB_ID.match(label)
-    if fetch and hub and not label.startswith((".", "/", "~")):
-        return fetch(hub["repo"], hub["revision"])
-    raise SourceError(
-        f"model {label!r}: no such folder, and not a hub id (owner/name or owner/name@revision)"
-    )
-
-
-def _at_home(label: str) -> Path:
-    try:
-        return Path(label).expanduser()
-    except RuntimeError:  # ~name of nobody
-        return Path(label)
-
-
-def _is_folder(place: Path) -> bool:
-    try:
-        return place.is_dir()
-    except OSError:  # a name too long for the file system
-        return False
-
-
-def _in_zoo(label: str) -> Path:
-    zoo = shipped("evals/zoo")
-    folder = zoo / label.removeprefix(ZOO)
-    file = {zoo: "config.json", zoo / "adapters": ADAPTER}.get(folder.parent)
-    if not re.fullmatch(r"[\w.-]+", folder.name) or not file or not (folder / file).is_file():
-        found = [*sorted(zoo.glob("*/config.json")), *sorted(zoo.glob(f"adapters/*/{ADAPTER}"))]
-        names = ", ".join(ZOO + str(p.parent.relative_to(zoo)) for p in found)
-        raise SourceError(f"model {label!r}: not in the tiny model family; it has {names}")
-    return folder
+def holds_adapter(folder: Path) -> bool:
+    """Whether an adapter is in `folder`, and no model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from peft import PeftModel
-from peft_models import MODELS, adapter, loaded, merged_by_peft, saved
+from peft_models import MODELS, loaded, merged_by_peft, saved
 from safetensors.numpy import load_file, save_file
 
-from merge.adapters.delta import delta_of, deltas_between
-from merge.adapters.write import Report, write_adapter
-from merge.errors import OutputError, PlanError, SourceError
-from merge.sources.adapter import factors_of
-from merge.sources.model import open_model
+from merge.adapters.modules import modules_of
+from merge.adapters.run import adapter_budget, run_adapter
+from merge.adapters.write import Report
+from merge.errors import PlanError, SourceError
+from merge.pipeline import plan_recipe
+from merge.sources.opening import open_model
 
 Change = Callable[[str], bool]
 
@@ -35,9 +37,18 @@ def tuned(base: Path, folder: Path, changed: Change, scale: float = 0.1) -> Path
     return folder
 
 
-def extracted(base: Path, fine: Path, out: Path, **wanted: Any) -> Report:
-    one, two = open_model(str(base)), open_model(str(fine))
-    return write_adapter(deltas_between(one, two), one, out, **wanted)
+def extracted(base: Path, fine: Path, out: Path, threads: int = 1, **wanted: Any) -> Report:
+    """The report of a recipe that extracts an adapter from `fine`."""
+    recipe = out.parent / "recipe.yaml"
+    keys = {
+        "merge_method": "passthrough",
+        "base_model": str(base),
+        "models": [{"model": str(fine)}],
+    }
+    recipe.write_text(yaml.safe_dump(keys | {"adapter": wanted}))
+    plan = plan_recipe(recipe)
+    budget = adapter_budget(plan, "1GiB", threads)
+    return run_adapter(plan, budget, out, ask=modules_of)[0]
 
 
 def relative(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -79,8 +90,8 @@ def test_at_full_rank_peft_gives_the_fine_tune_back(tmp_path: Path, case: str) -
 
 
 def test_peft_runs_as_the_fine_tune_does(tmp_path: Path) -> None:
-    """Not merged: what PEFT computes beside the base, head and embedding included. Two layers add some to
-    the rounding of float32, 1e-7."""
+    """Not merged: what PEFT computes beside the base, head and embedding included. The factors are float32
+    (2**-24), and two layers of attention make up to a hundred times as much of it."""
     base = saved(MODELS["tied"](), tmp_path / "base")
     fine = tuned(base, tmp_path / "fine", lambda n: True)
     extracted(base, fine, tmp_path / "adapter", rank=1000)
@@ -106,6 +117,7 @@ def test_the_errors_reported_are_those_of_what_peft_merges(
         name = f"{layer.module}.weight"
         difference = after[name].astype(float) - before[name]
         error = np.linalg.norm(merged[name] - after[name]) / np.linalg.norm(difference)
+        # the error is a difference of nearly equal numbers, and the fine-tune is stored in float32
         assert layer.error == pytest.approx(error, rel=1e-4)
         assert layer.norm == pytest.approx(np.linalg.norm(difference), rel=1e-6)
         assert layer.rank <= wanted.get("rank", 1000)
@@ -118,32 +130,6 @@ def test_the_errors_reported_are_those_of_what_peft_merges(
     assert all(
         f"| {layer.module} |" in card and f"{layer.error:.4f}" in card for layer in report.adapted
     )
-
-
-def test_adapters_are_summed_exactly_side_by_side(tmp_path: Path) -> None:
-    """0.3 one + 0.6 two, without any decomposition: exact but for the weights' rounding in float32."""
-    base = saved(MODELS["llama"](), tmp_path / "base")
-    model = open_model(str(base))
-    weights = {"one": 0.3, "two": 0.6}
-    layers = {"one": ["q_proj", "up_proj"], "two": ["q_proj", "v_proj"]}
-    parts = {
-        n: adapter(base, tmp_path / n, target_modules=layers[n], r=len(n) + 1) for n in weights
-    }
-    found = {name: factors_of(model, folder) for name, folder in parts.items()}
-    pairs: dict[str, list[Any]] = {}
-    for n, weight in weights.items():
-        for tensor, (b, a) in found[n].items():
-            pairs.setdefault(tensor, []).append((np.float32(weight) * b, a))
-    deltas = {tensor: delta_of(own) for tensor, own in pairs.items()}
-    report = write_adapter(deltas, model, tmp_path / "sum")
-    assert report.error == 0
-    assert {layer.rank for layer in report.adapted} == {4, 8}
-    before = load_file(base / "model.safetensors")
-    merged = merged_by_peft(base, tmp_path / "sum", into=tmp_path / "merged")
-    each = {n: merged_by_peft(base, parts[n], into=tmp_path / f"merged-{n}") for n in weights}
-    for tensor, value in before.items():
-        exact = value + sum(w * (each[n][tensor] - value) for n, w in weights.items())
-        assert relative(merged[tensor], exact) <= 2**-22
 
 
 def test_a_head_that_the_base_does_not_have_is_kept_whole(tmp_path: Path) -> None:
@@ -171,7 +157,12 @@ def test_the_same_bytes_come_out_twice(tmp_path: Path) -> None:
     for out, threads in (("one", 1), ("two", 3)):
         extracted(base, fine, tmp_path / out, energy=0.7, threads=threads)
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert names == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "mergetool.json",
+    ]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -229,8 +220,6 @@ def test_what_peft_cannot_hold_is_named_or_left_out(tmp_path: Path) -> None:
     ("wanted", "changed", "part"),
     [
         ({}, "q_proj", "give a rank or an energy"),
-        ({"rank": 0}, "q_proj", "a rank is 1 or more"),
-        ({"energy": 1.5}, "q_proj", "an energy in"),
         ({"rank": 4}, "norm", "no linear layer changed"),
         ({"rank": 4}, "nothing", "no linear layer changed"),
     ],
@@ -245,12 +234,10 @@ def test_a_request_that_gives_no_adapter_is_refused(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_other_models_and_other_folders_are_refused(tmp_path: Path) -> None:
+def test_other_models_are_refused(tmp_path: Path) -> None:
     base = saved(MODELS["llama"](), tmp_path / "base")
     with pytest.raises(PlanError, match="lacks tensor"):
         extracted(base, saved(MODELS["phi3"](), tmp_path / "phi3"), tmp_path / "adapter", rank=4)
-    with pytest.raises(OutputError, match="holds something else"):
-        extracted(base, base, base, rank=4)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["pipeline"]}))
     with pytest.raises(SourceError, match="cannot build 'pipeline'"):

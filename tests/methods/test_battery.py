@@ -98,6 +98,21 @@ def test_smallest_blocks_read_again_give_the_same_bits(
     assert contents(small.folder) == contents(large.folder)
 
 
+PLAINEST = {c.method: c for c in sorted(CASES, key=lambda c: (-len(c.shared), len(c.own)))}
+
+
+@pytest.mark.parametrize("case", PLAINEST.values(), ids=lambda c: c.id)
+def test_methods_are_compiled_that_say_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and the gain of compiling are planned by it."""
+    import merge.formula
+
+    trusted: dict[str, bool] = {}
+    monkeypatch.setattr(merge.formula, "_trusted", trusted)
+    run(case, (600, 1000), fuse=True)
+    assert any(trusted.values()) == all_methods()[case.method].compiled
+    assert all(trusted.values())
+
+
 def _is_average(case: Case) -> bool:
     if case.method == "passthrough":
         return "scale" not in case.own

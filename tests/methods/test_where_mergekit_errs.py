@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from merge.errors import NonFiniteError
 from merge.methods import all_methods
 from merge.methods.della import magnitude_shares
-from merge.methods.fusion import divergence
+from merge.methods.fusion import divergence, softmax_terms
 from merge.numerics import from_float32, to_float32
 
 METHODS = all_methods()
@@ -184,11 +184,15 @@ def test_fusion_is_exact_beyond_a_million_values_and_keeps_the_type() -> None:
     assert np.array_equal(found[NAME], expected)
 
 
+def divergence_of(model: Any, base: Any) -> Any:
+    return divergence(np.array([term.sum(axis=1) for term in softmax_terms([base, model])]))
+
+
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 30.0])
 def test_fusions_divergence_is_not_rounding(size: float) -> None:
     """There, in float32, that of a small change is noise. Here against sums without rounding."""
     base, (model,) = family((3, 500), 1, size=size)
-    found = divergence(model[NAME], base[NAME])
+    found = divergence_of(model[NAME], base[NAME])
     for row, a, b in zip(found, model[NAME].tolist(), base[NAME].tolist(), strict=True):
         total = math.fsum(math.exp(v) for v in a)
         chances = [math.exp(v) / total for v in a]
@@ -199,6 +203,21 @@ def test_fusions_divergence_is_not_rounding(size: float) -> None:
         exact = math.log1p(math.fsum(terms))
         # what cancels are logarithms of about 6, in float64
         assert abs(row - exact) <= 1e-12 * exact + 8 * 6 * 2.0**-53
+
+
+def test_fusions_divergence_is_that_of_values_within_350() -> None:
+    """Where float64 holds every exponential; beyond, there is no infinity and nothing is negative."""
+    values = np.random.default_rng(0).permutation(np.geomspace(1.0, 3e38, 600)).reshape(2, 3, 100)
+    values *= np.random.default_rng(1).choice([-1.0, 1.0], values.shape)
+    model, base = values.astype(np.float32)
+    model[0], base[0], model[1, 1:], base[1, 1:] = 1e4, -1e4, -1e4, 1e4
+    found = divergence_of(model, base)
+    assert np.isfinite(found).all()
+    assert found[0] <= 2 * np.spacing(
+        700.0
+    )  # what cancels: 700, and the logarithm of its exponential
+    assert (found[1:] > 0).all()
+    assert np.array_equal(found, divergence_of(model.clip(-350, 350), base.clip(-350, 350)))
 
 
 # -- 13: seeds ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from families import drawn, typed, write_model, write_tensors
 
 from merge.errors import SourceError
 from merge.sources import weights
-from merge.sources.model import open_model
+from merge.sources.opening import open_model
 from merge.sources.weights import weight_files
 
 PLAIN = np.ones((4, 4), "<f4")
@@ -151,3 +151,18 @@ def test_a_file_under_a_wrong_name_is_told_by_its_first_bytes(
     (tmp_path / name).write_bytes(first + bytes(100))
     assert f"{name}: is a" in refusal(tmp_path)
     assert format in refusal(tmp_path)
+
+
+def test_a_folder_and_a_file_of_another_format_are_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for label in (tmp_path, file):
+        with pytest.raises(SourceError, match=r"model\.gguf \(GGUF\)"):
+            open_model(str(label))
+
+
+def test_a_model_after_a_plus_is_no_adapter() -> None:
+    with pytest.raises(
+        SourceError, match="zoo:sorter is a model; what follows a plus is an adapter"
+    ):
+        open_model("zoo:base+zoo:sorter")

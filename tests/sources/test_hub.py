@@ -300,7 +300,11 @@ def test_wrong_requests_are_refused_in_words(hub: HubServer, home: Path, tmp_pat
 
 def test_an_adapter_is_two_files(hub: HubServer, home: Path, tmp_path: Path) -> None:
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
-    places = {"whole": adapter | UNWANTED | BESIDE, "part": {"adapter_config.json": b"{}"}}
+    pickled = {"adapter_model.bin": b"pickle"}
+    places = {
+        "whole": adapter | pickled | UNWANTED | BESIDE,
+        "part": {"adapter_config.json": b"{}"},
+    }
     for name, files in places.items():
         hub.repositories[f"lab/{name}"] = {"main": write(tmp_path / name, files)}
     (got,) = call(hub, home, ("adapter", "lab/whole", None, False))
@@ -316,9 +320,19 @@ def test_an_adapter_is_two_files(hub: HubServer, home: Path, tmp_path: Path) -> 
         ("adapter", "lab/whole", "v9", True),
     )
     assert again == got
-    refused(part, "lab/part", "has no adapter_model.safetensors")
+    refused(part, "lab/part", "with adapter_model.safetensors or adapter_model.bin")
     refused(none, "lab/none", "not on the hub")
     refused(model, "lab/whole@v9", "not complete in the cache")
+
+
+def test_an_adapter_of_old_is_fetched_as_it_is(hub: HubServer, home: Path, tmp_path: Path) -> None:
+    old = {"adapter_config.json": b"{}", "adapter_model.bin": b"pickle"}
+    hub.repositories["lab/old"] = {"main": write(tmp_path / "old", old | BESIDE)}
+    got, again = call(
+        hub, home, *[("adapter", "lab/old", None, offline) for offline in (False, True)]
+    )
+    assert contents(Path(got["folder"])) == old
+    assert again == got
 
 
 def test_the_token_opens_and_stays_with_the_hub(hub: HubServer, home: Path) -> None:

@@ -1,0 +1,292 @@
+"""Recipe + headers -> Plan, before anything of it happens: a step for every spot of the output."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from merge.agreement import check_agreement
+from merge.anatomy import layer_of, natural_order
+from merge.errors import PlanError
+from merge.lineup import Lineup
+from merge.methods import all_methods
+from merge.numerics import FLOATS
+from merge.patterns import fits
+from merge.plan import Operand, Plan, Step, times_made
+from merge.recipe import Recipe
+from merge.sources import Source, TensorInfo
+from merge.sources.model import Model
+from merge.spots import Spot, Spots, find_spots, layer_counts, some
+
+MOST_TIMES = 8  # that a merge within a merge is made, in the mean
+
+
+def make_plan(recipe: Recipe, models: Mapping[str, Model]) -> Plan:
+    """The plan of `recipe` over its opened models (see `model_labels`); raises PlanError."""
+    known = list(models.values())
+    index = {label: i for i, label in enumerate(models)}
+    made: dict[int, Mapping[str, Step]] = {}
+    notes: list[str] = []
+    for name, stage in recipe.stages.items():
+        plan = _Planner(Lineup(stage, known, index, made)).plan()
+        index[name] = len(known)
+        made[len(known)] = {step.name: step for step in plan.steps}
+        known.append(_as_model(name, plan))
+        notes += plan.notes
+    plan = _Planner(Lineup(recipe, known, index, made)).plan()
+    if (times := times_made(plan.steps)) > MOST_TIMES:
+        raise PlanError(
+            f"{recipe.file}:1: merges are merged again so often that each would be made {times:.0f} times; "
+            "write one of those that others use to a folder first"
+        )
+    return replace(plan, models=tuple(known), notes=tuple(dict.fromkeys([*notes, *plan.notes])))
+
+
+def model_labels(recipe: Recipe) -> list[str]:
+    """Every model that has to be opened, once: those of the recipe itself first, its base the first."""
+    labels = [label for each in (recipe, *recipe.stages.values()) for label in each.labels]
+    return [label for label in dict.fromkeys(labels) if label not in recipe.stages]
+
+
+def _as_model(name: str, plan: Plan) -> Model:
+    """A merge that is not written, as one of the models of another."""
+    tensors = {step.name: TensorInfo(step.dtype, step.shape) for step in plan.steps}
+
+    def read(*_: object) -> None:
+        raise AssertionError("tensors of a merge are made by its steps")
+
+    donor = plan.models[plan.donor]
+    return Model(name, donor.folder, plan.config, Source(tensors, read), computed=True, name=name)
+
+
+class _Planner:
+    """Turns the spots of one recipe into steps."""
+
+    def __init__(self, lineup: Lineup) -> None:
+        self.lineup, self.recipe, self.models = lineup, lineup.recipe, lineup.models
+        self.notes: list[str] = []
+
+    def plan(self) -> Plan:
+        lineup, donor = self.lineup, self.models[self.lineup.donor]
+        others = [self.models[i] for i in lineup.merged if i != lineup.donor]
+        whole = self.recipe.sections.modules is None
+        self.notes += [note for index in lineup.spelled for note in self.models[index].notes]
+        self.notes += check_agreement(donor, others, whole=whole)
+        self._note_dropped()
+        spots = find_spots(lineup)
+        self.notes += spots.notes
+        self._check_tying(spots)
+        steps = {spot.name: self._step(spot) for spot in spots.merged}
+        steps |= {name: self._carried(name) for name in spots.carried}
+        self._note_idle_filters(list(steps))
+        self._check_chosen(spots)
+        if not steps:
+            raise PlanError(f"{self.models[lineup.reference].label}: holds no tensors")
+        ordered = tuple(steps[name] for name in sorted(steps, key=natural_order))
+        return Plan(
+            self.recipe, tuple(self.models), lineup.donor, lineup.base, spots.config, ordered,
+            tuple(self.notes), self._origins(ordered),
+        )  # fmt: skip
+
+    def _origins(self, steps: Sequence[Step]) -> dict[str, Operand]:
+        """What the base has in the place of each step's tensor, for an adapter."""
+        base = self.lineup.base
+        if not self.recipe.sections.adapter or base is None:
+            return {}
+        stored = ((step, self.lineup.stored(base, step.name)) for step in steps)
+        found = {step.name: self._origin(step, operand) for step, operand in stored if operand}
+        label, missing = self.models[base].label, self.lineup.spelled[base].keys() - found.keys()
+        if missing:
+            raise PlanError(
+                f"{self.models[self.lineup.reference].label}: lacks tensor {min(missing)!r} of {label}; "
+                "it is no fine-tune of it"
+            )
+        return found
+
+    def _origin(self, step: Step, base: Operand) -> Operand:
+        """Raises PlanError where an adapter of the base cannot give the shape of a step's tensor."""
+        old = base.info.shape
+        if step.shape[1:] != old[1:] or step.shape[:1] < old[:1]:
+            raise PlanError(
+                f"{self.models[self.lineup.reference].label}: tensor {step.name!r} has shape "
+                f"{list(step.shape)}, but {list(old)} in {self.models[base.model].label}; only more rows can "
+                "be new"
+            )
+        return base
+
+    def _note_dropped(self) -> None:
+        if dropped := sorted(self.lineup.dropped(self.lineup.reference)):
+            label = self.models[self.lineup.reference].label
+            self._note(f"{label}: not written: {some(dropped)} (recomputed or tied on loading)")
+
+    def _check_chosen(self, spots: Spots) -> None:
+        """Raises PlanError where include and exclude leave nothing to merge."""
+        if spots.merged and not any(self._is_merged(spot.name) for spot in spots.merged):
+            key = "include" if self.recipe.sections.include else "exclude"
+            raise PlanError(f"{self.recipe.where(key)}: {key} leaves no tensor to merge")
+
+    def _check_tying(self, spots: Spots) -> None:
+        """config.json comes from the donor, the tensors' names from those that lead: both must fit."""
+        donor = self.models[self.lineup.donor]
+        for index in {spot.lead[0] for spot in spots.merged if not layer_of(spot.name)}:
+            lead = self.models[index]
+            if donor.tied != lead.tied:
+                raise PlanError(
+                    f"{donor.label}: tie_word_embeddings is {str(donor.tied).lower()} in config.json, but "
+                    f"{str(lead.tied).lower()} in {lead.label}, whose tensors are "
+                    f"written; choose it as tokenizer_source"
+                )
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _carried(self, name: str) -> Step:
+        """A tensor of the reference as it is stored."""
+        operand = self.lineup.stored(self.lineup.reference, name)
+        assert operand is not None
+        return _taken_over(name, operand, operand.info.written)
+
+    def _step(self, spot: Spot) -> Step:
+        lead = self._lead(spot)
+        info = lead.info
+        dtype = self._dtype(spot, info)
+        if info.dtype not in FLOATS or 0 in info.shape:
+            return _taken_over(spot.name, lead, info.dtype if info.dtype not in FLOATS else dtype)
+        if not self._is_merged(spot.name):
+            return _taken_over(spot.name, self._base(spot, lead) or lead, dtype)
+        return self._merged(spot, lead, dtype)
+
+    def _lead(self, spot: Spot) -> Operand:
+        index, name = spot.lead
+        lead = self.lineup.stored(index, name)
+        if lead is None:
+            reference = self.models[self.lineup.reference].label
+            raise PlanError(f"{self.models[index].label}: lacks tensor {name!r} of {reference}")
+        return lead
+
+    def _merged(self, spot: Spot, lead: Operand, dtype: str) -> Step:
+        piece, method = spot.piece, self.recipe.method
+        base = self._base(spot, lead)
+        chosen = [
+            i
+            for i, entry in enumerate(piece.entries)
+            if not (piece.task_vectors and entry.model == piece.base)
+        ]
+        operands = [
+            self._operand(self.lineup.index[piece.entries[i].model], spot.names[i], lead)
+            for i in chosen
+        ]
+        parameters = self._parameters(spot, chosen)
+        if method.base == "first" and base is not None:
+            operands = [base] + [o for o in operands if o.model != base.model]
+        if method.check and (problem := method.check(**method.arguments(parameters))):
+            where = self.recipe.where(*piece.entries[0].place[:-1])
+            raise PlanError(f"{where}: {spot.name}: {problem}")
+        copy = method.copies(**method.arguments(parameters)) and operands[0].info.dtype == dtype
+        delta_base = base if piece.task_vectors else None
+        shape = lead.info.shape
+        return Step(spot.name, shape, dtype, method, tuple(operands), delta_base, parameters, copy)
+
+    def _base(self, spot: Spot, lead: Operand) -> Operand | None:
+        """The tensor of the slice's base, where the method has one."""
+        if spot.piece.base is None or spot.base is None or self.recipe.method.base == "donor":
+            return None
+        return self._operand(self.lineup.index[spot.piece.base], spot.base, lead)
+
+    def _dtype(self, spot: Spot, info: TensorInfo) -> str:
+        if self.recipe.sections.adapter:
+            return "F32"  # differences are taken of it
+        if self.recipe.out_dtype:
+            return self.recipe.out_dtype
+        given = self.lineup.stored(self.lineup.donor, spot.lead[1])
+        return given.info.written if given else info.written
+
+    def _is_merged(self, name: str) -> bool:
+        sections = self.recipe.sections
+        wanted = not sections.include or any(fits(p, name) for p in sections.include)
+        return wanted and not any(fits(p, name) for p in sections.exclude)
+
+    def _operand(self, index: int, name: str, lead: Operand) -> Operand:
+        model, reference = self.models[index], self.models[lead.model].label
+        found = self.lineup.stored(index, name)
+        if found is None:
+            if self.recipe.sections.missing_tensors == "base" and lead.model == self.lineup.base:
+                self._note(
+                    f"{model.label}: lacks tensors of {reference}, which count as unchanged there"
+                )
+                return lead
+            raise PlanError(
+                f"{model.label}: lacks tensor {name!r} of {reference}; {self._way_out(index, name)}"
+            )
+        info, wanted = found.info, lead.info
+        if info.shape != wanted.shape:
+            raise PlanError(
+                f"{model.label}: tensor {found.tensor!r} has shape {list(info.shape)}, but "
+                f"{list(wanted.shape)} in {reference}; models of one shape can be merged"
+            )
+        if info.dtype not in FLOATS:
+            raise PlanError(
+                f"{model.label}: tensor {found.tensor!r} is {info.dtype}, but {wanted.dtype} in "
+                f"{reference}"
+            )
+        return found
+
+    def _way_out(self, index: int, name: str) -> str:
+        """What to do about a tensor that a model lacks."""
+        layer = layer_of(name)
+        counts = layer_counts(self.lineup.spelled[index])
+        if layer and layer[1] >= counts.get(layer[0], 0):
+            return f"it has {counts.get(layer[0], 0)} layers; slices choose layers of each model"
+        return "with a base_model, missing_tensors: base takes it as unchanged"
+
+    def _parameters(self, spot: Spot, chosen: Sequence[int]) -> dict[str, Any]:
+        piece = spot.piece
+        values: dict[str, Any] = {}
+        for parameter in self.recipe.method.parameters.values():
+            name = parameter.name
+            if parameter.per_model:
+                asked = [(piece.entries[i].settings[name], spot.names[i]) for i in chosen]
+            else:
+                asked = [(piece.shared[name], spot.name)]
+            found = [setting.at(tensor, spot.depth) for setting, tensor in asked]
+            if None in found:
+                at = found.index(None)
+                place = piece.entries[chosen[at]].place if parameter.per_model else ("parameters",)
+                raise PlanError(
+                    f"{self.recipe.where(*place, name)}: no rule of {name} fits tensor "
+                    f"{asked[at][1]!r}; end its list with a value without filter"
+                )
+            typed = [parameter.kind(value) for value in found]
+            values[name] = typed if parameter.per_model else typed[0]
+        return values
+
+    # -- notes -------------------------------------------------------------------------------------
+
+    def _note(self, note: str) -> None:
+        self.notes += [note] if note not in self.notes else []
+
+    def _note_idle_filters(self, names: Sequence[str]) -> None:
+        """A filter that fits no tensor may be meant for other models, or be misspelt."""
+        for piece in self.recipe.slices:
+            settings = [(entry.settings, entry.place) for entry in piece.entries]
+            for found, place in [*settings, (piece.shared, ())]:
+                for key, setting in found.items():
+                    patterns = [pattern for pattern, _ in setting.rules]
+                    self._note_idle(names, key, patterns, (*place, "parameters", key))
+        for key in ("include", "exclude"):
+            self._note_idle(names, key, getattr(self.recipe.sections, key), (key,))
+
+    def _note_idle(
+        self, names: Sequence[str], key: str, patterns: Iterable[str | None], at: tuple[Any, ...]
+    ) -> None:
+        for pattern in patterns:
+            if pattern and not any(fits(pattern, name) for name in names):
+                where = self.recipe.where(*at)
+                self._note(f"{where}: filter {pattern!r} of {key} fits no tensor")
+
+
+def _taken_over(name: str, operand: Operand, dtype: str) -> Step:
+    """A tensor as it is, or only rounded to another dtype."""
+    passthrough = all_methods()["passthrough"]
+    same = operand.info.dtype == dtype
+    parameters = {} if same else {"scale": [1.0]}
+    shape = operand.info.shape
+    return Step(name, shape, dtype, passthrough, (operand,), None, parameters, copy=same)

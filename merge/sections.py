@@ -1,0 +1,271 @@
+"""The keys of a recipe, as pydantic checks them: names, types, what may be left out."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    field_validator,
+)
+
+from merge.errors import RecipeError
+from merge.lines import Lines, nearest
+from merge.patterns import pattern_problem
+
+WORDS = {
+    "model_type": "it must be a table of keys",
+    "dict_type": "it must be a table of keys",
+    "list_type": "it must be a list",
+    "tuple_type": "it must be a list of two layer numbers, [first, end]",
+    "int_type": "it must be a whole number",
+    "too_short": "it must have at least one entry",
+    "string_type": "it must be text",
+    "bool_type": "it must be true or false",
+}  # pydantic's speak of Python
+KINDS = ("models", "slices", "modules")  # of which a recipe has one
+SURGERY = "surgery on {} cannot be run yet; merge models of one vocabulary and leave it out"
+LATER = {
+    "chat_template": SURGERY.format("chat templates"),
+    "experts": "mixtures of experts cannot be assembled yet; mergekit-moe reads this file",
+    "genome": "this is a search of mergekit-evolve, which cannot be run yet; write one candidate as a "
+    "recipe with merge_method and models",
+}
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _label(value: Any) -> Any:
+    """A model as text `path@revision+adapter@revision`; mergekit writes it out as a table, too."""
+    if isinstance(value, str):
+        return "+".join(part.strip() for part in value.split("+"))
+    if not isinstance(value, dict) or "path" in value:
+        return _place(value) if isinstance(value, dict) else value
+    if unknown := [k for k in value if k not in ("model", "lora", "override_architecture")]:
+        raise ValueError(f"a model has no key {unknown[0]!r}; allowed: model, lora")
+    parts = [_place(value.get("model")), *([_place(value["lora"])] if value.get("lora") else [])]
+    return "+".join(parts)
+
+
+def _place(value: Any) -> str:
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        revision = value.get("revision")
+        return str(value["path"]) + (f"@{revision}" if revision else "")
+    if not isinstance(value, str):
+        raise ValueError("a model is named by text, or by a table with model and lora")
+    return value
+
+
+def _pattern(value: str) -> str:
+    if problem := pattern_problem(value):
+        raise ValueError(f"it {problem}")
+    return value
+
+
+Label = Annotated[str, BeforeValidator(_label), Field(min_length=1)]
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+class ModelEntry(Strict):
+    model: Label
+    parameters: Parameters = {}
+
+
+class SourceEntry(Strict):
+    model: Label
+    layer_range: tuple[StrictInt, StrictInt]
+    parameters: Parameters = {}
+
+    @field_validator("layer_range", mode="after")
+    @classmethod
+    def _range(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 0 <= value[0] < value[1]:
+            raise ValueError("must be [first, end] with 0 <= first < end")
+        return value
+
+
+class SliceEntry(Strict):
+    sources: list[SourceEntry] = Field(min_length=1)
+    base_model: Label | None = None
+    parameters: Parameters = {}
+
+
+class ModuleEntry(Strict):
+    models: list[ModelEntry] | None = Field(default=None, min_length=1)
+    slices: list[SliceEntry] | None = Field(default=None, min_length=1)
+    parameters: Parameters = {}
+
+
+class TokenizerSection(Strict):
+    source: str | None = None
+
+
+class AdapterSection(Strict):
+    """The result is written as a LoRA adapter of the base."""
+
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
+    drop: bool = False
+
+
+class ScoreSection(Strict):
+    suite: str = "quickstart"
+    parents: bool = True
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Sections(Strict):
+    """The keys of a recipe; unknown ones are errors."""
+
+    merge_method: str
+    models: list[ModelEntry] | None = Field(default=None, min_length=1)
+    slices: list[SliceEntry] | None = Field(default=None, min_length=1)
+    modules: dict[str, ModuleEntry] | None = Field(default=None, min_length=1)
+    base_model: Label | None = None
+    parameters: Parameters = {}
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    include: list[Pattern] = []
+    exclude: list[Pattern] = []
+    compat: Literal["mergekit"] | None = None
+    tokenizer_source: str | None = None
+    tokenizer: TokenizerSection | None = None
+    missing_tensors: Literal["error", "base"] = "error"
+    extra_tensors: Literal["error", "drop"] = "error"
+    allow_nonfinite: bool = False
+    shard_size: str = "5GB"
+    output: str | None = Field(default=None, min_length=1)
+    name: str | None = Field(default=None, min_length=1)
+    score: ScoreSection | None = None
+    adapter: AdapterSection | None = None
+
+    @field_validator("shard_size", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> str:
+        if parse_size(str(value)) < 1:
+            raise ValueError("must be at least 1 byte")
+        return str(value)
+
+    @property
+    def vocabulary(self) -> str | None:
+        """Whose vocabulary the merge gets: base, union, or a model; None: not said."""
+        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
+
+
+def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
+    """The recipe in a document; raises RecipeError at its line."""
+    for key, why in LATER.items():
+        if key in data:
+            raise lines.error((key,), f"{key}: {why}")
+    if "out_path" in data and "output" not in data:  # mergekit-mega's word
+        data = {("output" if key == "out_path" else key): value for key, value in data.items()}
+    try:
+        sections = Sections.model_validate(data)
+    except ValidationError as error:
+        raise _validation_error(error, lines) from None
+    _check_kinds(sections, (), lines)
+    for name, module in (sections.modules or {}).items():
+        _check_kinds(module, ("modules", name), lines)
+    if sections.adapter:
+        _check_adapter(sections, lines)
+    if sections.tokenizer and sections.tokenizer_source:
+        raise lines.error(("tokenizer",), "tokenizer and tokenizer_source are both given; keep one")
+    return sections
+
+
+def _check_adapter(sections: Sections, lines: Lines) -> None:
+    if not sections.base_model:
+        what = "an adapter needs base_model, the model that it will be put on"
+        raise lines.error(("adapter",), what)
+    for key in ("slices", "modules", "score", "tokenizer", "tokenizer_source"):
+        if getattr(sections, key):
+            raise lines.error((key,), f"adapter and {key} are both given; an adapter has no {key}")
+
+
+def _check_kinds(part: Sections | ModuleEntry, path: tuple[str, ...], lines: Lines) -> None:
+    kinds = KINDS if isinstance(part, Sections) else KINDS[:2]
+    given = [kind for kind in kinds if getattr(part, kind)]
+    if len(given) > 1:
+        raise lines.error((*path, given[1]), f"{given[0]} and {given[1]} are both given; keep one")
+    if not given:
+        what = "a recipe" if not path else f"module {path[-1]}"
+        raise lines.error(path, f"models is missing; {what} needs one of {', '.join(kinds)}")
+
+
+def _validation_error(error: ValidationError, lines: Lines) -> RecipeError:
+    """pydantic's first finding in our words; an unknown key is often the cause of the others."""
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    path = first["loc"]
+    name, key = ".".join(map(str, path)), str(path[-1])
+    if first["type"] == "extra_forbidden":
+        if "tokenizer" in path[:-1]:
+            return lines.error(path, f"{name}: {SURGERY.format('tokens')}")
+        allowed = list(_kind_at(path[:-1]).model_fields)
+        what = f"unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
+        return lines.error(path, what)
+    if first["type"] == "missing":
+        whole = "a recipe needs merge_method and models, slices or modules"
+        needs = whole if len(path) == 1 else f"an entry of {_list_of(path)} needs {key}"
+        return lines.error(path, f"{name} is missing; {needs}")
+    reason = WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return lines.error(path, f"{name} is {shown(first['input'])}; {reason[0].lower() + reason[1:]}")
+
+
+_KINDS: dict[str, type[Strict]] = {
+    "models": ModelEntry,
+    "sources": SourceEntry,
+    "slices": SliceEntry,
+    "modules": ModuleEntry,
+    "score": ScoreSection,
+    "adapter": AdapterSection,
+    "tokenizer": TokenizerSection,
+}
+
+
+def _kind_at(path: Sequence[str | int]) -> type[Strict]:
+    return next((_KINDS[str(part)] for part in reversed(path) if part in _KINDS), Sections)
+
+
+def _list_of(path: Sequence[str | int]) -> str:
+    return next((str(part) for part in reversed(path[:-1]) if part in _KINDS), "the recipe")
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe as an error message shows it."""
+    plain = {True: "true", False: "false", None: "null"}
+    text = plain[value] if value is None or isinstance(value, bool) else _repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return "a huge number"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '512MiB', '2 GB' or '4096'; raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*((?:[KMGT]i?)?B?)\s*", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 512MiB or 2GB")
+    unit = match[2].upper()
+    unit = unit if unit in SIZES else unit + "B"
+    size = float(match[1]) * SIZES[unit]
+    if not math.isfinite(size):
+        raise ValueError(f"{text[:20]}... is larger than any disk")
+    return int(size)
