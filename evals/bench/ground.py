@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .measure import BenchError
 from .models import SHAPES, write_model
@@ -109,23 +110,62 @@ def weight_files(folders: Sequence[Path]) -> list[Path]:
     return [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a method merges: `tunes` fine-tunes, on their base or the first as base, or without one; with
+    parameters of each model (a place for its weight) and of all."""
+
+    base: Literal["", "base", "first"]
+    tunes: int
+    own: str = ""
+    shared: str = ""
+
+
+WEIGHT, DENSITY = "weight: {weight}", "weight: {weight}, density: 0.5"
+TASKS: Mapping[str, Task] = {
+    "linear": Task("", 3, WEIGHT),
+    "slerp": Task("first", 2, shared="t: 0.4"),
+    "nuslerp": Task("", 2, WEIGHT),
+    "multislerp": Task("", 3, WEIGHT),
+    "karcher": Task("", 3),
+    "task_arithmetic": Task("base", 3, WEIGHT),
+    "ties": Task("base", 3, DENSITY),
+    "dare_linear": Task("base", 3, DENSITY),
+    "dare_ties": Task("base", 3, DENSITY),
+    "della_linear": Task("base", 3, DENSITY),
+    "della": Task("base", 3, DENSITY),
+    "breadcrumbs": Task("base", 3, DENSITY),
+    "breadcrumbs_ties": Task("base", 3, DENSITY),
+    "sce": Task("base", 3, shared="select_topk: 0.5"),
+    "ram": Task("base", 3),
+    "ramplus_tl": Task("base", 3),
+    "model_stock": Task("base", 3),
+    "nearswap": Task("base", 1, shared="t: 0.001"),
+    "arcee_fusion": Task("base", 1),
+    "passthrough": Task("", 1),
+}
+
+
 def models_read(method: str, models: Sequence[Path]) -> list[Path]:
-    """The models that the recipe of `method` reads."""
-    return {"linear": list(models[1:]), "slerp": list(models[1:3])}.get(method, list(models))
+    """The models that the recipe of `method` reads; models: the base, then the fine-tunes."""
+    task = TASKS[method]
+    return [*models[: task.base == "base"], *models[1 : 1 + task.tunes]]
 
 
 def recipe_text(method: str, models: Sequence[Path]) -> str:
     """A recipe that mergetool and mergekit read alike. models: the base, then three fine-tunes."""
-    base, *tunes = models
-    if method == "slerp":
-        lines = [f"base_model: {tunes[0]}", "models:", *(f"  - model: {m}" for m in tunes[:2])]
-        return _recipe(method, [*lines, "parameters: {t: 0.4}"])
+    task, (base, *tunes) = TASKS[method], models
+    lines = {"": [], "base": [f"base_model: {base}"], "first": [f"base_model: {tunes[0]}"]}[
+        task.base
+    ]
+    lines += ["models:"]
     weights = (1.0, 1.0, 1.0) if method == "ties" else WEIGHTS
-    lines = [] if method == "linear" else [f"base_model: {base}"]
-    lines.append("models:")
-    for model, weight in zip(tunes, weights, strict=True):
-        density = "" if method == "linear" else ", density: 0.5"
-        lines += [f"  - model: {model}", f"    parameters: {{weight: {weight}{density}}}"]
+    for model, weight in zip(tunes[: task.tunes], weights, strict=False):
+        lines += [f"  - model: {model}"]
+        if task.own:
+            lines += [f"    parameters: {{{task.own.format(weight=weight)}}}"]
+    if task.shared:
+        lines += [f"parameters: {{{task.shared}}}"]
     return _recipe(method, lines)
 
 

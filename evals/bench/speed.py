@@ -12,6 +12,7 @@ from typing import Any
 
 from .cache import available_memory, warm
 from .ground import (
+    TASKS,
     ask_comparison,
     ask_plan,
     bench_folder,
@@ -27,7 +28,7 @@ from .models import SHAPES
 from .peer import command, peer_environment, prepare_peer
 from .report import Row, as_json, report
 
-METHODS = ("linear", "slerp", "dare_ties", "ties")
+METHODS = tuple(TASKS)
 COMPARED = ("linear", "slerp")  # nothing random, and one formula for both tools
 HERE = Path(__file__).parent
 
