@@ -80,8 +80,7 @@ def worth_fusing(plan: Plan) -> bool:
 def _values(step: Step) -> int:
     """Input values that compiled loops could take, those of steps within it included."""
     within = sum(_values(operand.step) for operand in step.inputs if operand.step)
-    own = step.method.compiled and not step.copy
-    return within + own * step.rows * step.cols * len(step.inputs)
+    return within + (not step.copy) * step.rows * step.cols * len(step.inputs)
 
 
 def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
@@ -181,11 +180,13 @@ def reading_bytes(plan: Plan, operand: Operand, rows: int) -> int:
 
 def _beside_loops(steps: Sequence[Step]) -> int:
     """float32 grains around a compiled loop: inputs that it cannot widen, an output it cannot round,
-    numbers of rows repeated along them."""
+    numbers of rows repeated along them, ranks and the room to sort them."""
     found = 0
     for step in steps:
         extra = sum(o.info.dtype == "F16" for o in step.inputs) + _knows_rows(step)
         extra += step.dtype not in ("BF16", "F32")
+        if "ranks" in step.method.takes:
+            extra += 2 * len(step.operands) + (7 if step.cols == 1 else 3)
         found = max(found, extra * _grain_bytes(step))
     return found
 

@@ -31,6 +31,7 @@ from merge.numerics import (
     to_float32,
 )
 from merge.plan import Step
+from merge.ranks import magnitude_ranks
 
 # stored rows of every input, and the numbers of their elements for whoever asks -> arrays
 Expression = Callable[[Sequence[Any], Callable[[], Counter]], Iterable[Any]]
@@ -72,8 +73,9 @@ class Formula:
         found = stats if isinstance(stats, OfRows) else OfRows(None, stats)
 
         def merged(raws: Sequence[Any], elements: Callable[[], Counter]) -> list[Any]:
-            x, base, of_rows = self._operands(raws)
-            given = {"x": x, "stats": found.stats, "of_rows": of_rows}
+            x, base, beside = self._operands(raws)
+            given = {"x": x, "stats": found.stats, "ranks": beside.__getitem__}
+            given["of_rows"] = beside[0] if beside else None
             given["random"] = lambda i: elements().random(self._key(i))
             out = self.method.function(*(given[n] for n in self.method.takes), **self._arguments)
             if base is not None:
@@ -82,7 +84,8 @@ class Formula:
                 out[np.isnan(out)] = np.nan  # other NaNs could carry into infinity when rounded
             return [from_float32(out, dtype)]
 
-        function = self._compiled(merged, "store", found.of_rows)
+        beside = self._ranks() if "ranks" in self.method.takes else _of_rows(found.of_rows)
+        function = self._compiled(merged, "store", beside)
         if dtype == self.step.dtype:
             return function.checked
         return lambda grain: (from_float32(function(grain)[0], self.step.dtype), False)
@@ -104,9 +107,9 @@ class Formula:
     def _counting(self, request: Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
         def bins(raws: Sequence[Any], _: Any) -> Iterable[Any]:
             x, _, of_rows = self._operands(raws)
-            return request.bins(x) if of_rows is None else request.bins(x, of_rows)
+            return request.bins(x, *of_rows)
 
-        return _added(self._compiled(bins, "count", request.of_rows))
+        return _added(self._compiled(bins, "count", _of_rows(request.of_rows)))
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -115,39 +118,75 @@ class Formula:
     def _key(self, model: int) -> int:
         return random_key(self.step.parameters.get("seed", 0), self.step.name, model)
 
-    def _operands(self, raws: Sequence[Any]) -> tuple[list[Array], Array | None, Array | None]:
-        """The inputs as float32, the base taken off where there is one; the base; the numbers of the rows
-        where these come last."""
-        dtypes = [operand.info.dtype for operand in self.step.inputs]
-        of_rows = raws[-1] if len(raws) > len(dtypes) else None
-        x = [
-            to_float32(raw, "F32" if raw.dtype == np.float32 else dtype)
-            for raw, dtype in zip(raws, dtypes, strict=False)
-        ]
+    def _operands(self, raws: Sequence[Any]) -> tuple[list[Array], Array | None, Sequence[Any]]:
+        """The inputs as float32, the base taken off where there is one; the base; what stands beside."""
+        inputs = len(self.step.inputs)
+        x = [self._widened(raw, i) for i, raw in enumerate(raws[:inputs])]
         if self.step.base is None:
-            return x, None, of_rows
+            return x, None, raws[inputs:]
         base, *models = x
-        return [model - base for model in models], base, of_rows
+        return [model - base for model in models], base, raws[inputs:]
+
+    def _widened(self, raw: Any, i: int) -> Any:
+        """Rows of input i as float32; a loop is given half precision so."""
+        return to_float32(raw, "F32" if raw.dtype == np.float32 else self.step.inputs[i].info.dtype)
+
+    def _ranks(self) -> "_Beside":
+        """The rank of each value of each model (of its task vector, where there is a base)."""
+
+        def ranks(grain: Grain) -> list[Raw]:
+            raws, skipped = grain[0], int(self.step.base is not None)
+            base = self._widened(raws[0], 0) if skipped else np.float32(0.0)
+            with np.errstate(all="ignore"):
+                return [
+                    magnitude_ranks(self._widened(raws[i], i) - base, self.fuse)
+                    for i in range(skipped, len(raws))
+                ]
+
+        return _Beside((np.dtype(np.float64),) * len(self.step.operands), ranks)
 
     def _compiled(
-        self, expression: Expression, kind: str, of_rows: Array | None = None
+        self, expression: Expression, kind: str, beside: "_Beside | None" = None
     ) -> "_GrainFunction":
-        loop = self._loop(expression, kind, of_rows is not None)
-        return _GrainFunction(expression, kind, loop, self.fuse, of_rows)
+        loop = self._loop(expression, kind, beside.dtypes if beside else ())
+        return _GrainFunction(expression, kind, loop, self.fuse, beside)
 
-    def _loop(self, expression: Expression, kind: str, of_rows: bool) -> Loop | None:
+    def _loop(
+        self, expression: Expression, kind: str, beside: Sequence["np.dtype[Any]"]
+    ) -> Loop | None:
         if not self.fuse or kind == "columns":
             return None
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
-        dtypes += [np.dtype(np.float32)] * of_rows
         try:
             return traced(
                 lambda raws, index, high: list(expression(raws, lambda: Counter(index, high))),
-                dtypes,
+                [*dtypes, *beside],
                 kind,
             )
         except UntraceableError:
             return None
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """Arrays of a grain that are neither stored nor element-wise: further inputs of its expression."""
+
+    dtypes: "Sequence[np.dtype[Any]]"
+    of: Callable[[Grain], Sequence[Raw]]
+
+
+def _of_rows(numbers: Array | None) -> _Beside | None:
+    """`numbers`, float32 [rows of the tensor], each repeated along its row."""
+    if numbers is None:
+        return None
+
+    def repeated(grain: Grain) -> list[Raw]:
+        raws, element = grain
+        rows, cols = raws[0].shape
+        first = element // cols
+        return [np.broadcast_to(numbers[first : first + rows, None], (rows, cols))]
+
+    return _Beside((np.dtype(np.float32),), repeated)
 
 
 def _added(function: "_GrainFunction") -> Callable[[Iterable[Grain]], list[Statistic]]:
@@ -215,11 +254,11 @@ class _GrainFunction:
     kind: str
     loop: Loop | None
     fuse: bool  # then memory is planned for the arrays of one thread at a time
-    of_rows: Array | None = None  # [rows of the tensor]; the last input of the expression
+    beside: _Beside | None = None
 
     def __call__(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
         """One array per result; counts are added to `total` where it is given."""
-        grain = self._with_rows(grain)
+        grain = self._with_beside(grain)
         if self._by_loop_now():
             return self.by_loop(grain, total)[0]
         return self._added(self._tried(grain) if self.fuse else self.by_numpy(grain), total)
@@ -228,21 +267,15 @@ class _GrainFunction:
         """The one result that is stored, and whether the loop saw nothing but finite values."""
         if not self._by_loop_now():
             return self(grain)[0], False
-        results, largest = self.by_loop(self._with_rows(grain))
+        results, largest = self.by_loop(self._with_beside(grain))
         assert self.loop is not None
         types = (*self.loop.inputs, *self.loop.outputs)
         finite = all(found < _LIMITS[t.str[1:]] for found, t in zip(largest, types, strict=True))
         return results[0], finite
 
-    def _with_rows(self, grain: Grain) -> Grain:
-        """With the numbers of its rows as the last input, each repeated along its row."""
-        if self.of_rows is None:
-            return grain
+    def _with_beside(self, grain: Grain) -> Grain:
         raws, element = grain
-        rows, cols = raws[0].shape
-        first = element // cols
-        mine = self.of_rows[first : first + rows, None]
-        return [*raws, np.broadcast_to(mine, (rows, cols))], element
+        return ([*raws, *self.beside.of(grain)], element) if self.beside else grain
 
     def _by_loop_now(self) -> bool:
         return self.fuse and self.loop is not None and _trusted.get(self.loop.source, False)

@@ -228,12 +228,12 @@ class Loop:
         cannot be compiled here.
         """
         arrays = [*self.numbers, *inputs, *out]
-        compiled = _compiled(self.source, len(arrays) + 1)
+        run = compiled(self.source, len(arrays) + 1)
         assert all(array.flags.c_contiguous and array.flags.aligned for array in arrays)
         assert all(array.size == inputs[0].size for array in inputs)
         largest = np.zeros(len(inputs) + len(out), np.uint64)
         places = (array.ctypes.data for array in (*arrays, largest))
-        compiled(inputs[0].size, cols, first & 0xFFFFFFFF, first >> 32, *places)
+        run(inputs[0].size, cols, first & 0xFFFFFFFF, first >> 32, *places)
         return largest
 
 
@@ -502,7 +502,7 @@ def available() -> bool:
     return importlib.util.find_spec("llvmlite") is not None
 
 
-def _compiled(source: str, places: int) -> Callable[..., None]:
+def compiled(source: str, places: int) -> Callable[..., None]:
     """The loop of `source` as machine code that takes so many places in memory; once per process."""
     found = _loops.get(source)
     if found is not None:

@@ -11,6 +11,7 @@ Further positional arguments are handed in by their names:
     stats    what the method's statistics passes found out about the whole tensor
     of_rows  what they found out about each row (see OfRows): float32 of the shape of x[0], or None
     random   random(i) -> uint32 array like x[i], the same for the same seed, tensor, model and element
+    ranks    ranks(i) -> float64 array like x[i]: rank by magnitude in the row, 0 to 1 (merge/ranks.py)
 
 Statistics passes are a generator: it yields a Sums or Counts, is sent what that found over the whole
 tensor, and may yield again; what it returns becomes `stats`.
@@ -38,6 +39,7 @@ from merge.numerics import Array
 T = TypeVar("T")
 Models = Sequence[Array]
 Random = Callable[[int], NDArray[np.uint32]]
+Ranks = Callable[[int], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,8 @@ class Parameter:
 class Method:
     """A registered method. `base` is "required", "optional" (without one the models themselves take the
     place of task vectors), "first" (one of the models, put first) or "donor" (only lends its files).
-    `workspace` counts the float32 arrays of a grain alive at once, per model. `compiled`: its expressions
-    are element-wise, so that the engine can make one loop of them. `coefficients`(**parameters): those of
-    the models, where the result is their weighted sum."""
+    `workspace` counts the float32 arrays of a grain alive at once, per model.
+    `coefficients`(**parameters): those of the models, where the result is their weighted sum."""
 
     name: str
     function: Callable[..., Array]
@@ -163,7 +164,6 @@ class Method:
     models: tuple[int, int]
     passes: int
     workspace: int
-    compiled: bool
     paper: str
     parameters: Mapping[str, Parameter]
     statistics: Callable[..., Passes | None] | None
@@ -206,7 +206,6 @@ def method(
     models: tuple[int, int] = (1, 1000),
     passes: int = 0,
     workspace: int = 3,
-    compiled: bool = True,
     paper: str = "",
     statistics: Callable[..., Passes | None] | None = None,
     mergekit: Mapping[str, Any] | None = None,
@@ -230,8 +229,7 @@ def method(
             _parameter(p, texts) for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY
         ]
         _REGISTRY[function.__name__] = Method(
-            function.__name__, function, space, base, models, passes, workspace, compiled,
-            paper,
+            function.__name__, function, space, base, models, passes, workspace, paper,
             {p.name: p for p in parameters}, statistics, mergekit or {}, check, copies,
             coefficients, takes,
         )  # fmt: skip

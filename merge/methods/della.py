@@ -6,57 +6,39 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.methods import Density, Models, PerModel, Random, Range, Weight, each, method
+from merge.methods import Density, Models, PerModel, Random, Range, Ranks, Weight, each, method
 from merge.methods.dare import Seed
 from merge.methods.linear import scaled_weights, weighted_sum
 from merge.methods.ties import MERGEKIT, disjoint_merge
-from merge.numerics import Array, vectors
+from merge.numerics import Array
 
 Epsilon = Annotated[float, Range(0, 0.5)]
 
 
-def magnitude_shares(delta: Array) -> NDArray[np.float64]:
-    """Rank of each |value| in its row, 0 for the smallest to 1 for the largest, like `delta`.
-
-    Equal magnitudes share the mean of their ranks; where a row has one value it is 1/2.
-    """
-    rows = vectors(delta)
-    last = rows.shape[1] - 1
-    if last == 0:
-        return np.full(delta.shape, 0.5)
-    keys = np.abs(rows).view(np.uint32).astype(np.uint64) << np.uint64(32)
-    keys |= np.arange(last + 1, dtype=np.uint64)
-    keys.sort(axis=1)  # by magnitude, then by column
-    column = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp)
-    differs = np.diff(keys >> np.uint64(32), axis=1) != 0
-    del keys
-    place = np.arange(last + 1, dtype=np.int32)
-    first, end = np.zeros(rows.shape, np.int32), np.full(rows.shape, last, np.int32)
-    first[:, 1:] = place[1:] * differs
-    np.maximum.accumulate(first, axis=1, out=first)
-    np.copyto(end[:, :-1], place[:-1], where=differs)
-    end = np.minimum.accumulate(end[:, ::-1], axis=1)[:, ::-1]
-    shares = np.empty(rows.shape)
-    np.put_along_axis(shares, column, (first + end) / (2 * last), axis=1)
-    return shares.reshape(delta.shape)
-
-
 def pruned(
-    x: Models, random: Random, density: Sequence[float], epsilon: Sequence[float], rescale: bool
+    x: Models,
+    random: Random,
+    ranks: Ranks,
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    rescale: bool,
 ) -> list[Array]:
     """Each value kept with a probability that grows with its rank, and divided by it (rescale)."""
     return [
-        d if p == 1.0 else _kept(d, random(i), p, e, rescale)
+        d if p == 1.0 else _kept(d, random(i), ranks(i), p, e, rescale)
         for i, (d, p, e) in enumerate(zip(x, density, epsilon, strict=True))
     ]
 
 
 def _kept(
-    delta: Array, random: NDArray[np.uint32], density: float, epsilon: float, rescale: bool
+    delta: Array,
+    random: NDArray[np.uint32],
+    ranks: NDArray[np.float64],
+    density: float,
+    epsilon: float,
+    rescale: bool,
 ) -> Array:
-    chance = magnitude_shares(delta)
-    chance *= 2 * epsilon
-    chance += density - epsilon
+    chance = ranks * (2 * epsilon) + (density - epsilon)
     kept = random < chance * 2.0**32
     return delta * ((kept / chance).astype(np.float32) if rescale else kept)
 
@@ -71,12 +53,13 @@ def _beyond_chance(*, density: list[float], epsilon: list[float], **_: Any) -> s
 
 
 @method(
-    space="delta", base="required", workspace=14, compiled=False, check=_beyond_chance, mergekit=MERGEKIT,
+    space="delta", base="required", workspace=14, check=_beyond_chance, mergekit=MERGEKIT,
     paper="arXiv:2406.11617",
 )  # fmt: skip
 def della(
     x: Models,
     random: Random,
+    ranks: Ranks,
     *,
     weight: PerModel[Weight],
     density: PerModel[Density] = each(1.0),
@@ -112,18 +95,19 @@ def della(
         int8_mask: accepted for mergekit's sake; without effect
     """
     return disjoint_merge(
-        pruned(x, random, density, epsilon, rescale), weight, normalize=normalize,
+        pruned(x, random, ranks, density, epsilon, rescale), weight, normalize=normalize,
         lambda_=lambda_, weights_in_election=weights_in_election, signed_divisor=signed_divisor,
     )  # fmt: skip
 
 
 @method(
-    space="delta", base="required", workspace=14, compiled=False, check=_beyond_chance,
+    space="delta", base="required", workspace=14, check=_beyond_chance,
     paper="arXiv:2406.11617",
 )  # fmt: skip
 def della_linear(
     x: Models,
     random: Random,
+    ranks: Ranks,
     *,
     weight: PerModel[Weight],
     density: PerModel[Density] = each(1.0),
@@ -151,5 +135,5 @@ def della_linear(
         seed: chooses the mask
         int8_mask: accepted for mergekit's sake; without effect
     """
-    kept = pruned(x, random, density, epsilon, rescale)
+    kept = pruned(x, random, ranks, density, epsilon, rescale)
     return weighted_sum(kept, scaled_weights(weight, normalize, lambda_))

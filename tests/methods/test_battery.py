@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import merge.methods.nuslerp
 from merge.errors import PlanError
 from merge.methods import all_methods
-from merge.methods.della import magnitude_shares
+from merge.ranks import magnitude_ranks
 
 GOLDEN = Path(__file__).with_name("golden.json")
 EPSILON = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # half a unit in the last place
@@ -102,14 +102,14 @@ PLAINEST = {c.method: c for c in sorted(CASES, key=lambda c: (-len(c.shared), le
 
 
 @pytest.mark.parametrize("case", PLAINEST.values(), ids=lambda c: c.id)
-def test_methods_are_compiled_that_say_so(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_compiled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory and the gain of compiling are planned by it."""
     import merge.formula
 
     trusted: dict[str, bool] = {}
     monkeypatch.setattr(merge.formula, "_trusted", trusted)
     run(case, (600, 1000), fuse=True)
-    assert any(trusted.values()) == all_methods()[case.method].compiled
+    assert trusted
     assert all(trusted.values())
 
 
@@ -234,8 +234,19 @@ def test_della_ranks_hand_worked() -> None:
     delta = np.array([[3, -1, 2, 2], [0, 0, 0, 0], [-4, 3, -2, 1]], np.float32)
     third = 1 / 3
     expected = [[1, 0, 0.5, 0.5], [0.5] * 4, [1, 2 * third, third, 0]]
-    assert np.allclose(magnitude_shares(delta), expected, rtol=1e-15, atol=0)
-    assert magnitude_shares(delta[:1].T).tolist() == np.array(expected[:1]).T.tolist()
+    assert np.allclose(magnitude_ranks(delta), expected, rtol=1e-15, atol=0)
+    assert magnitude_ranks(delta[:1].T).tolist() == np.array(expected[:1]).T.tolist()
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_ranks_by_the_compiled_sort_are_those_by_numpy(data: st.DataObject) -> None:
+    rows, cols = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 700))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    delta = rng.integers(0, 2**32, (rows, cols), np.uint32)
+    delta &= np.uint32(data.draw(st.sampled_from([0xFFFFFFFF, 0xFFFF0000, 0xC0000001, 0x7FF])))
+    found = magnitude_ranks(delta.view(np.float32), fuse=True)
+    assert np.array_equal(found, magnitude_ranks(delta.view(np.float32)))
 
 
 def test_arcee_fusion_hand_worked() -> None:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from merge.errors import NonFiniteError
 from merge.methods import all_methods
-from merge.methods.della import magnitude_shares
 from merge.methods.fusion import divergence, softmax_terms
 from merge.numerics import from_float32, to_float32
+from merge.ranks import magnitude_ranks
 
 METHODS = all_methods()
 ONE_EACH = list({case.method: case for case in CASES}.values())
@@ -133,7 +133,7 @@ def test_dare_divides_by_the_density_whatever_the_sum_of_the_tensor(method: str)
 def test_della_tells_all_magnitudes_of_a_row_apart() -> None:
     """There ranks are bfloat16: 704 different ones of 4096."""
     row = np.random.default_rng(0).permutation(4096).astype(np.float32)[None] + 1
-    assert np.array_equal(np.sort(magnitude_shares(row)[0]), np.arange(4096) / 4095)
+    assert np.array_equal(np.sort(magnitude_ranks(row)[0]), np.arange(4096) / 4095)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (5, 1), ()])
