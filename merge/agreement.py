@@ -13,10 +13,13 @@ MUST_AGREE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_
 SHOULD_AGREE = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "sliding_window")
 
 
-def check_agreement(donor: Model, others: Sequence[Model], *, whole: bool = True) -> list[str]:
+def check_agreement(
+    donor: Model, others: Sequence[Model], *, whole: bool = True, same_tokens: bool = True
+) -> list[str]:
     """Notes about doubtful differences; raises PlanError for those that make a merge meaningless.
 
     whole: the models are merged as a whole; else only modules, which models of other types may share.
+    same_tokens: their vocabularies must be one.
     """
     notes: list[str] = []
     for other in others:
@@ -25,13 +28,11 @@ def check_agreement(donor: Model, others: Sequence[Model], *, whole: bool = True
         notes += [
             note for key in SHOULD_AGREE if (note := _compare(donor, other, key, fatal=False))
         ]
-        if difference := _first_vocabulary_difference(donor.folder, other.folder):
+        if same_tokens and (difference := _other_tokens(donor, other)):
             raise PlanError(
                 f"{other.label}: its tokenizer is not that of {donor.label}: {difference}; rows of the "
                 "embedding would be mixed up: merge models of one vocabulary"
             )
-        if note := _eos_difference(donor, other):
-            notes.append(note)
     return notes
 
 
@@ -50,16 +51,13 @@ def _setting(config: Any, key: str) -> Any:
     return config.get(key, nested.get(key) if isinstance(nested, dict) else None)
 
 
-def _eos_difference(donor: Model, other: Model) -> str | None:
-    a, b = (m.config.get("eos_token_id") for m in (donor, other))
-    if a == b or b is None:
-        return None
-    found = f"{other.label}: ends its texts with token {b}, {donor.label} with {a}"
-    return f"{found}; the merge keeps {a} and may not stop"
+def _other_tokens(donor: Model, other: Model) -> str | None:
+    return vocabulary_difference(*(model.folder / "tokenizer.json" for model in (donor, other)))
 
 
-def _first_vocabulary_difference(a: Path, b: Path) -> str | None:
-    files = [folder / "tokenizer.json" for folder in (a, b)]
+def vocabulary_difference(a: Path, b: Path) -> str | None:
+    """The first token that has another id in the tokenizer.json `b` than in `a`, in words."""
+    files = (a, b)
     if not all(f.is_file() for f in files) or _same_bytes(*files):
         return None
     text = _vocabulary_text(files[0])

@@ -68,6 +68,12 @@ HEAD = re.compile(
     r"|generator_lm_head|lm_loss|pred_layer\.proj|predictions\.decoder|unembedding_projection)\.weight$"
     r"|^((transformer\.)?output(_layer)?|decoder)\.weight$"
 )
+PER_LAYER = re.compile(
+    r"(^|\.)embed_tokens_per_layer\.weight$"
+)  # beside the embedding, as many rows
+OF_TOKENS = re.compile(
+    r"(^|[._])(lm_head|predictions|embed_out|output|vocab_projector)(\.decoder)?\.bias$"
+)
 HEAD_BIAS = re.compile(r"^(?P<head>.*(predictions|lm_head))\.decoder\.bias$")
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 # Computed as a model is loaded; older versions of transformers stored them nevertheless.
@@ -192,6 +198,19 @@ def tied_heads(config: Section, stored: Iterable[str], heads: Iterable[str] = ()
         if bias and f"{bias['head']}.bias" in stored:
             copies[name] = f"{bias['head']}.bias"
     return copies
+
+
+def vocabulary_tensors(config: Section, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Tensors with a row for every token -> "embed", or "head" for what gives the logits."""
+    stored = [n for n in shapes if _part(n, set()) == "text_decoder" and not layer_of(n)]
+    embeddings = [name for name in stored if EMBEDDING.search(name) and len(shapes[name]) == 2]
+    embeddings += [name for name in stored if PER_LAYER.search(name)]
+    heads = [n for n in stored if (HEAD.search(n) or OF_TOKENS.search(n)) and len(shapes[n]) > 0]
+    if not embeddings + heads:
+        return {}
+    rows = shapes[min(embeddings, key=_precedence) if embeddings else heads[0]][0]
+    kinds = dict.fromkeys(heads, "head") | dict.fromkeys(embeddings, "embed")
+    return {name: kind for name, kind in kinds.items() if shapes[name][0] == rows}
 
 
 def recomputed(name: str, shape: Sequence[int]) -> bool:

@@ -55,10 +55,10 @@ def make_budget(
     for compiled in [worth_fusing(plan), False] if fuse is None else [fuse]:
         for count in range(wanted, 0, -1):
             for block in (BLOCK, BLOCK // 4, 0):
-                base = _base(plan, compiled, count, block)
+                base = max(_base(plan, compiled, count, block), RESERVED + plan.parsing)
                 if base <= cap:
                     return _with_holds(plan, count, block, base, cap, compiled)
-    smallest = _base(plan, bool(fuse), 1, 0)
+    smallest = max(_base(plan, bool(fuse), 1, 0), RESERVED + plan.parsing)
     raise PlanError(
         f"--memory {memory} is too small for this merge; {-(-smallest >> 20)}MiB is the least that would do"
     )
@@ -91,6 +91,10 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     arrays = int(SLACK * max((_array_bytes(step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
     reserved += sum(model.source.held for model in plan.models)
+    files = plan.tokens.files.values() if plan.tokens else ()
+    reserved += sum(len(text) for text in files if isinstance(text, bytes))
+    if plan.fillings:  # the vocabularies are kept, and one is made again to ask it for pieces
+        reserved += 2 * plan.parsing
     reserved += sum(_kept_bytes(o.step) for step in plan.steps for o in step.inputs if o.step)
     if fuse:
         trial = 4 * max((_grain_bytes(step) for step in steps), default=0)
@@ -170,12 +174,20 @@ def reading_bytes(plan: Plan, operand: Operand, rows: int) -> int:
     step = operand.step
     if step is None:
         return plan.models[operand.model].source.scratch(operand.tensor, rows)
+    if step.places:
+        return max(_part_bytes(plan, part, rows) for part in step.operands)
     if step.copy:
         return reading_bytes(plan, step.operands[0], rows)
     grain = min(grain_rows(step.shape), step.rows)
     raw = grain * sum(o.info.row_bytes for o in step.inputs)
     arrays = int(SLACK * _array_bytes(step)) + _statistics_bytes(step)
     return raw + arrays + _scratch(plan, step, grain)
+
+
+def _part_bytes(plan: Plan, part: Operand, rows: int) -> int:
+    """The grains of one part of a tensor that so many rows of the whole may lie in, read and picked."""
+    rows = min(rows + 2 * grain_rows(part.info.shape), part.info.rows)
+    return 2 * rows * part.info.row_bytes + reading_bytes(plan, part, rows)
 
 
 def _beside_loops(steps: Sequence[Step]) -> int:

@@ -73,6 +73,10 @@ def carried(plan: Plan) -> dict[str, Path | bytes]:
         if len(inside.parts) > 1 and (donor / inside.parts[0] / "config.json").is_file():
             continue  # another model in a folder of this one
         found[str(inside)] = file
+    for name, content in (plan.tokens.files if plan.tokens else {}).items():
+        found.pop(name, None)
+        if content is not None:
+            found[name] = content
     found["config.json"] = _config(plan, donor / "config.json")
     return found
 
@@ -105,7 +109,7 @@ def provenance(
 ) -> str:
     """mergetool.json: what was merged, how, by which versions, and the digest of everything but the
     card, which people edit."""
-    data = {
+    data: dict[str, Any] = {
         "format": FORMAT,
         "plan": plan.digest,
         "versions": {"mergetool": own_version(), "numpy": np.__version__},
@@ -124,6 +128,8 @@ def provenance(
             for step in plan.steps
         },
     }
+    if plan.fillings:
+        data["rows_made"] = [filling.report() for filling in plan.fillings]
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -193,12 +199,49 @@ def _resolved(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
     out |= parts.pop(None, {})
     if parts:
         out["modules"] = parts
-    if source := sections.vocabulary:
-        out["tokenizer_source"] = names.get(source, source)
+    out |= _token_sections(recipe, names)
     out |= {key: getattr(sections, key) for key in KEPT if getattr(sections, key)}
     if sections.adapter:
         out["adapter"] = sections.adapter.model_dump(exclude_none=True)
     return out
+
+
+def _token_sections(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    """The sections about tokens, models in them by their public names."""
+    sections = recipe.sections
+    out: dict[str, Any] = {}
+    if source := sections.tokenizer_source:
+        out["tokenizer_source"] = names.get(source, source)
+    for key in ("tokenizer", "stop", "chat_template"):
+        if section := getattr(sections, key):
+            told = section.model_dump(by_alias=True, exclude_defaults=True)
+            out[key] = _with_public_names(told, names)
+    return out
+
+
+def _with_public_names(section: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A section in which models are called by names that mean something to others, and files without path."""
+
+    def public(value: str) -> str:
+        kind, _, rest = value.partition(":")
+        if kind == "file":
+            return f"file:{Path(rest).name}"
+        model = value.removeprefix("model:")
+        fits = sorted((n for n in names if f"{model}:".startswith(f"{n}:")), key=len)
+        return value.replace(fits[-1], names[fits[-1]], 1) if fits else value
+
+    changed = dict(section)
+    for key in ("source", "from", "embed", "head"):
+        if isinstance(value := changed.get(key), str) and "to" not in section:
+            changed[key] = public(value)
+    if "models" in changed:
+        changed["models"] = [public(name) for name in changed["models"]]
+    if "tokens" in changed:
+        tokens = changed["tokens"].items()
+        changed["tokens"] = {text: _with_public_names(told, names) for text, told in tokens}
+    if "unify" in changed:
+        changed["unify"] = [_with_public_names(told, names) for told in changed["unify"]]
+    return changed
 
 
 def _part(part: Part, recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from merge.errors import MergetoolError, RequestError
+from merge.tokens.codes import CODES
 
 if TYPE_CHECKING:
     from merge.plan import Plan
+    from merge.sources.model import Model
+    from merge.tokens.findings import Finding
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
 
@@ -134,7 +138,7 @@ def run_command(
         "taken_up": result.taken_up,
         "plan": result.plan.digest,
         "verified": result.verified,
-        "notes": list(result.plan.notes),
+        "notes": [*result.plan.notes, *result.plan.unseen],
     }
     if not as_json:
         _say_notes(result.plan)
@@ -219,7 +223,7 @@ def plan_command(
     from merge.pipeline import budget_of, plan_recipe
     from merge.plan import output_folder
 
-    plan = plan_recipe(find_recipe(recipe), offline=offline, peek=True)
+    plan = plan_recipe(find_recipe(recipe), memory=memory, offline=offline, peek=True)
     budget = budget_of(plan, memory, threads)
     where = output or plan.recipe.sections.output
     folder = output_folder(plan.recipe, output) if where else Path()
@@ -236,7 +240,7 @@ def plan_command(
         "free_bytes": free_bytes(folder),
         "threads": budget.threads,
         "plan": plan.digest,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *plan.unseen],
     }
     shown = {
         s.name: {
@@ -305,6 +309,58 @@ def verify_command(folder: Path, load: bool, as_json: bool) -> None:
     )
     if load:
         click.echo(f"{folder}: loads as {facts['loads_as']}; no tensor missing, none unexpected")
+
+
+def _told_codes() -> str:
+    width = max(map(len, CODES))
+    return "\b\nCodes:\n" + "\n".join(f"  {code:{width}}  {text}" for code, text in CODES.items())
+
+
+@main.command("doctor", epilog=_told_codes())
+@click.argument("models", nargs=-1, required=True)
+@OFFLINE
+@JSON
+def doctor_command(models: tuple[str, ...], offline: bool, as_json: bool) -> None:
+    """Finds what is wrong with the tokens of MODELS, of each and as parents of one merge.
+
+    MODELS are named as in recipes: a folder (a merge too), zoo:NAME, a hub id, model+adapter. Vocabularies,
+    end tokens, chat templates, embeddings and configs are compared; exit code 1 where there are errors.
+
+    Example: mergetool doctor ./leo ./disco
+    """
+    from merge.tokens.doctor import diagnosed, recipe_lines
+
+    findings = diagnosed([_opened(name, offline) for name in dict.fromkeys(models)])
+    lines = recipe_lines(findings)
+    if as_json:
+        listed = [asdict(finding) for finding in findings]
+        click.echo(json.dumps({"models": models, "findings": listed, "fix": lines}, indent=1))
+    else:
+        _say_findings(findings, lines)
+    sys.exit(int(any(finding.severity == "error" for finding in findings)))
+
+
+def _opened(name: str, offline: bool) -> "Model":
+    from functools import partial
+
+    from merge.sources import hub
+    from merge.sources.opening import open_model
+
+    fetch, fetch_adapter = (partial(f, offline=offline) for f in (hub.fetch, hub.fetch_adapter))
+    return open_model(name, fetch=fetch, fetch_adapter=fetch_adapter)
+
+
+def _say_findings(findings: "Sequence[Finding]", lines: str) -> None:
+    colours = {"error": "red", "warning": "yellow"}
+    for f in findings:
+        severity = click.style(f"{f.severity:7}", fg=colours[f.severity])
+        told = f"{f.code}  {', '.join(f.models)}: {f.what}"
+        # names and settings come from files that others wrote
+        click.echo(f"{severity} {''.join(c if c.isprintable() else '?' for c in told)}")
+    if not findings:
+        click.echo("no findings")
+    if lines:
+        click.echo(f"\nTo resolve, add to the recipe:\n\n{lines}", nl=False)
 
 
 @main.command("score")
@@ -417,7 +473,7 @@ def find_recipe(name: str) -> Path:
 
 
 def _say_notes(plan: "Plan") -> None:
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.unseen):
         click.echo(f"note: {note}", err=True)
 
 

@@ -28,7 +28,8 @@ class Lineup:
         self.base = index[base] if base else None
         self.donor = self._donor()
         self.reference = self._reference()
-        self.spelled = {i: self._spelling(i) for i in (index[label] for label in recipe.labels)}
+        known = [*recipe.labels, *([recipe.lender] if recipe.lender else [])]
+        self.spelled = {i: self._spelling(i) for i in (index[label] for label in known)}
 
     @cached_property
     def modules(self) -> Mapping[str, Module]:
@@ -83,17 +84,12 @@ class Lineup:
         return found[0]
 
     def _donor(self) -> int:
-        source, labels = self.recipe.sections.vocabulary, self.recipe.labels
-        # only models of one vocabulary can be merged yet, so that it is the union as well
-        if source in (None, "base", "union"):
-            return self.index[next(label for label in labels if self.index[label] in self.merged)]
-        if source not in labels:
-            key = "tokenizer" if self.recipe.sections.tokenizer else "tokenizer_source"
-            raise PlanError(
-                f"{self.recipe.where(key)}: {key} is {source!r}; it must be base, union or "
-                f"one of the recipe's models ({', '.join(labels)})"
-            )
-        return self.index[source]
+        """The model that lends its files: the one whose vocabulary the result gets, where that is merged."""
+        named = self.recipe.sections.tokens.model(self.recipe.labels)
+        if named is not None:
+            return self.index[named]
+        merged = (label for label in self.recipe.labels if self.index[label] in self.merged)
+        return self.index[next(merged)]
 
     def _reference(self) -> int:
         """The base; or the donor; of an adapter's base that is not merged itself, the model it is to be."""

@@ -71,6 +71,12 @@ def grains(
     return ((start, min(start + step, end)) for start in range(first, end, step))
 
 
+def whole_grains(shape: Sequence[int], first: int, end: int) -> tuple[int, int]:
+    """The rows of all grains that rows [first, end) lie in."""
+    step = grain_rows(shape)
+    return first // step * step, min(-(-end // step) * step, rows_and_cols(shape)[0])
+
+
 def to_float32(raw: Raw, dtype: str) -> Array:
     """`raw`, as stored in `dtype`, widened (float64: rounded) to a float32 array of its own."""
     if dtype == "BF16":

@@ -9,7 +9,13 @@ from typing import Any
 
 from merge.adapters.alone import on_zeros
 from merge.adapters.run import adapter_budget, check_wanted, run_adapter
-from merge.budget import DEFAULT_MEMORY, Budget, keep_freed_memory, make_budget
+from merge.budget import (
+    DEFAULT_MEMORY,
+    Budget,
+    keep_freed_memory,
+    make_budget,
+    threads_and_cap,
+)
 from merge.carry import CARD, carry_files, model_card, provenance
 from merge.errors import SourceError
 from merge.output import (
@@ -50,8 +56,12 @@ class Result:
     verified: dict[str, Any]
 
 
-def plan_recipe(file: Path | str, *, offline: bool = False, peek: bool = False) -> Plan:
+def plan_recipe(
+    file: Path | str, *, memory: str = DEFAULT_MEMORY, offline: bool = False, peek: bool = False
+) -> Plan:
     """The plan of a recipe file; opens its models. Raises RequestError.
+
+    memory: what looking at their vocabularies may take.
 
     peek: of models on the hub only the headers are fetched; such a plan can be shown but not run.
     """
@@ -61,13 +71,23 @@ def plan_recipe(file: Path | str, *, offline: bool = False, peek: bool = False) 
         try:
             models[label] = _opened(label, recipe, offline, peek)
         except SourceError as error:
-            raise SourceError(f"{_where_model(recipe, label)}: {error}") from None
-    plan = make_plan(recipe, models)
+            raise SourceError(
+                f"{_where_model(recipe, label)}: {_lending(recipe, label)}{error}"
+            ) from None
+    plan = make_plan(recipe, models, threads_and_cap(memory, None)[1])
     if recipe.sections.adapter:
         if zeros := on_zeros(plan, recipe, models):
             plan = make_plan(recipe, zeros)
         check_wanted(plan)
     return plan
+
+
+def _lending(recipe: Recipe, label: str) -> str:
+    """What is wrong with a vocabulary's source that is no model, before why it is none."""
+    if label != recipe.lender:
+        return ""
+    models = ", ".join(recipe.labels)
+    return f"the source of tokens is {label!r}; it must be base, union, one of {models} or another model: "
 
 
 def _where_model(recipe: Recipe, label: str) -> str:
@@ -127,7 +147,7 @@ def run_recipe(
 
     Raises RequestError before anything is written, RunError afterwards.
     """
-    plan = plan_recipe(file, offline=offline)
+    plan = plan_recipe(file, memory=memory, offline=offline)
     keep_freed_memory()
     budget = budget_of(plan, memory, threads, fuse=fuse)
     if plan.recipe.sections.adapter:

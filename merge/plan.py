@@ -1,11 +1,14 @@
 """What will be read, computed and written, tensor by tensor. `planner` makes it from a recipe."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from merge.agreement import canonical
 from merge.errors import PlanError
@@ -15,6 +18,8 @@ from merge.recipe import Recipe
 from merge.sections import parse_size
 from merge.sources import TensorInfo
 from merge.sources.model import Model
+from merge.tokens.filling import Filling
+from merge.tokens.surgery import Retold
 
 FORMAT = 2  # of plan digests and provenance files; changes when the same recipe gives other bytes
 
@@ -33,7 +38,8 @@ class Operand:
 class Step:
     """One output tensor: how it is stored and what it is made of. `copy`: operands[0], bit for bit.
 
-    parameters: as the method takes them; a list holds one value per operand.
+    parameters: as the method takes them; a list holds one value per operand. `places`, of a step within a
+    step: its rows are those of all operands, of operand i at the places `places[i]`, in their order.
     """
 
     name: str
@@ -44,6 +50,7 @@ class Step:
     base: Operand | None
     parameters: Mapping[str, Any]
     copy: bool
+    places: "Sequence[NDArray[np.int64]]" = ()
 
     @property
     def inputs(self) -> tuple[Operand, ...]:
@@ -75,8 +82,10 @@ class Plan:
     """All steps of a merge in the order of its output.
 
     `models`: whatever is read, and the merges of the same recipe that are merged again. `models[donor]`
-    lends its files; `config` is the config.json of the result. `origins`: for an adapter, the base's
-    tensors by the names of the steps that change them.
+    lends its files, of which `tokens` changes some; `config` is the config.json of the result.
+    `origins`: for an adapter, the base's tensors by the names of the steps that change them. `fillings`: what
+    makes rows of tokens that a model lacks. `parsing`: bytes of memory that reading vocabularies took.
+    `unseen`: notes about what the memory did not allow to look at; of no effect on the result.
     """
 
     recipe: Recipe
@@ -87,6 +96,10 @@ class Plan:
     steps: tuple[Step, ...]
     notes: tuple[str, ...]
     origins: Mapping[str, Operand]
+    tokens: Retold | None = None
+    fillings: tuple[Filling, ...] = ()
+    parsing: int = 0
+    unseen: tuple[str, ...] = ()
 
     @property
     def read_bytes(self) -> int:
@@ -114,6 +127,8 @@ class Plan:
             "shard_bytes": self.shard_bytes,
             "steps": [step.facts for step in every_step(self.steps)],
         }
+        if self.tokens:
+            facts["tokens"] = self.tokens.digest
         return hashlib.sha256(canonical(facts).encode()).hexdigest()
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from merge.agreement import check_agreement
-from merge.anatomy import layer_of, natural_order
+from merge.anatomy import layer_of, natural_order, vocabulary_tensors
+from merge.budget import RESERVED
 from merge.errors import PlanError
 from merge.lineup import Lineup
 from merge.methods import all_methods
@@ -16,34 +17,55 @@ from merge.recipe import Recipe
 from merge.sources import Source, TensorInfo
 from merge.sources.model import Model
 from merge.spots import Spot, Spots, find_spots, layer_counts, some
+from merge.tokens.assembly import Assembly
+from merge.tokens.consent import checked_tokens, signature
+from merge.tokens.surgeon import plan_surgery, wants_surgery
+from merge.tokens.vocabulary import PARSED, TOKENIZER, model_files
 
 MOST_TIMES = 8  # that a merge within a merge is made, in the mean
 
 
-def make_plan(recipe: Recipe, models: Mapping[str, Model]) -> Plan:
-    """The plan of `recipe` over its opened models (see `model_labels`); raises PlanError."""
+def make_plan(recipe: Recipe, models: Mapping[str, Model], memory: int | None = None) -> Plan:
+    """The plan of `recipe` over its opened models (see `model_labels`); raises PlanError.
+
+    memory: bytes that reading vocabularies may take.
+    """
     known = list(models.values())
     index = {label: i for i, label in enumerate(models)}
     made: dict[int, Mapping[str, Step]] = {}
     notes: list[str] = []
     for name, stage in recipe.stages.items():
-        plan = _Planner(Lineup(stage, known, index, made)).plan()
+        plan = _Planner(Lineup(stage, known, index, made), memory).plan()
+        if plan.tokens:
+            raise PlanError(
+                f"{stage.file}:1: {name}: its models have other tokens than one another; write this merge "
+                "to a folder first"
+            )
         index[name] = len(known)
         made[len(known)] = {step.name: step for step in plan.steps}
         known.append(_as_model(name, plan))
         notes += plan.notes
-    plan = _Planner(Lineup(recipe, known, index, made)).plan()
+    planner = _Planner(Lineup(recipe, known, index, made), memory)
+    plan = planner.plan()
+    if not recipe.sections.adapter:
+        notes += planner.token_notes(plan)
     if (times := times_made(plan.steps)) > MOST_TIMES:
         raise PlanError(
             f"{recipe.file}:1: merges are merged again so often that each would be made {times:.0f} times; "
             "write one of those that others use to a folder first"
         )
-    return replace(plan, models=tuple(known), notes=tuple(dict.fromkeys([*notes, *plan.notes])))
+    return replace(
+        plan,
+        parsing=planner.parsing,
+        unseen=tuple(planner.unseen),
+        notes=tuple(dict.fromkeys([*notes, *plan.notes])),
+    )
 
 
 def model_labels(recipe: Recipe) -> list[str]:
     """Every model that has to be opened, once: those of the recipe itself first, its base the first."""
     labels = [label for each in (recipe, *recipe.stages.values()) for label in each.labels]
+    labels += [label for label in [recipe.lender] if label]
     return [label for label in dict.fromkeys(labels) if label not in recipe.stages]
 
 
@@ -61,31 +83,102 @@ def _as_model(name: str, plan: Plan) -> Model:
 class _Planner:
     """Turns the spots of one recipe into steps."""
 
-    def __init__(self, lineup: Lineup) -> None:
+    def __init__(self, lineup: Lineup, memory: int | None) -> None:
         self.lineup, self.recipe, self.models = lineup, lineup.recipe, lineup.models
+        self.memory, self.parsing = memory, 0
+        self.unseen: list[str] = []
         self.notes: list[str] = []
+        self.assembly: Assembly | None = None
+        self.of_tokens = self._of_tokens()
 
     def plan(self) -> Plan:
         lineup, donor = self.lineup, self.models[self.lineup.donor]
         others = [self.models[i] for i in lineup.merged if i != lineup.donor]
         whole = self.recipe.sections.modules is None
         self.notes += [note for index in lineup.spelled for note in self.models[index].notes]
-        self.notes += check_agreement(donor, others, whole=whole)
+        same = bool(self.recipe.sections.adapter)
+        self.notes += check_agreement(donor, others, whole=whole, same_tokens=same)
         self._note_dropped()
         spots = find_spots(lineup)
         self.notes += spots.notes
         self._check_tying(spots)
+        self._plan_surgery(spots)
         steps = {spot.name: self._step(spot) for spot in spots.merged}
         steps |= {name: self._carried(name) for name in spots.carried}
         self._note_idle_filters(list(steps))
         self._check_chosen(spots)
         if not steps:
             raise PlanError(f"{self.models[lineup.reference].label}: holds no tensors")
+        steps = {name: self._with_rows(step) for name, step in steps.items()}
         ordered = tuple(steps[name] for name in sorted(steps, key=natural_order))
+        surgery = self.assembly.surgery if self.assembly else None
+        models = [*self.models, *([self.assembly.model()] if self.assembly else [])]
         return Plan(
-            self.recipe, tuple(self.models), lineup.donor, lineup.base, spots.config, ordered,
-            tuple(self.notes), self._origins(ordered),
+            self.recipe, tuple(models), lineup.donor, lineup.base,
+            surgery.config if surgery else spots.config, ordered,
+            tuple(self.notes), self._origins(ordered), surgery.retold if surgery else None,
+            tuple(self.assembly.fillings if self.assembly else ()),
         )  # fmt: skip
+
+    # -- tokens ------------------------------------------------------------------------------------
+
+    def token_notes(self, plan: Plan) -> list[str]:
+        """See checked_tokens; vocabularies that do not fit into the memory are not looked at."""
+        lineup, surgery = self.lineup, self.assembly.surgery if self.assembly else None
+        parents = [lineup.donor, *(i for i in lineup.merged if i != lineup.donor)]
+        models = [self.models[i] for i in parents]
+        alike = len({signature(model) for model in models}) == 1
+        if surgery is None and not self._can_read(models[:1] if alike else models):
+            least = -(-(RESERVED + parsing_bytes(models)) >> 20)
+            what = f"its tokens were not looked at, which takes --memory {least}MiB"
+            self.unseen.append(f"{models[0].label}: {what}")
+            return []
+        tensors = {step.name: TensorInfo(step.dtype, step.shape) for step in plan.steps}
+        return checked_tokens(models, self.recipe.sections, surgery, plan.config, tensors)
+
+    def _can_read(self, models: Sequence[Model]) -> bool:
+        """Whether the vocabularies of these models fit into the memory; then they count as read."""
+        taken = parsing_bytes(models)
+        if self.memory is not None and RESERVED + taken > self.memory:
+            return False
+        self.parsing = max(self.parsing, taken)
+        return True
+
+    def _of_tokens(self) -> dict[str, str]:
+        """Tensors with a row for every token, as the reference spells them -> embed or head."""
+        found: dict[str, str] = {}
+        for index, spelled in self.lineup.spelled.items():
+            model = self.models[index]
+            shapes = {n: model.source.tensors[stored].shape for n, stored in spelled.items()}
+            found |= vocabulary_tensors(model.config, shapes)
+        return found
+
+    def _plan_surgery(self, spots: Spots) -> None:
+        """Where tokens differ or the recipe changes them; of an adapter they must be the base's."""
+        if self.recipe.sections.adapter or not wants_surgery(self.lineup):
+            return
+        lender = self.recipe.lender
+        parents = [*self.lineup.merged, *([self.lineup.index[lender]] if lender else [])]
+        models = [self.models[i] for i in parents]
+        if not self._can_read(models):
+            least = -(-(RESERVED + parsing_bytes(models)) >> 20)
+            raise PlanError(
+                f"{self.recipe.file}:1: the models have other tokens than one another, and reading what they "
+                f"have takes --memory {least}MiB"
+            )
+        surgery = plan_surgery(self.lineup, spots.config)
+        if not surgery.is_idle:
+            self.assembly = Assembly(self.lineup, surgery)
+            self.notes += surgery.notes
+
+    def _with_rows(self, step: Step) -> Step:
+        if self.assembly and step.name.endswith("final_logits_bias"):
+            raise PlanError(
+                f"{self.models[self.lineup.donor].label}: {step.name!r} has a column for every token, which "
+                "cannot be sorted anew; merge models of one vocabulary"
+            )
+        kind = self.of_tokens.get(step.name)
+        return self.assembly.step(step, kind) if self.assembly and kind else step
 
     def _origins(self, steps: Sequence[Step]) -> dict[str, Operand]:
         """What the base has in the place of each step's tensor, for an adapter."""
@@ -127,6 +220,8 @@ class _Planner:
     def _check_tying(self, spots: Spots) -> None:
         """config.json comes from the donor, the tensors' names from those that lead: both must fit."""
         donor = self.models[self.lineup.donor]
+        if spots.config.get("tie_word_embeddings") != donor.config.get("tie_word_embeddings"):
+            return  # a model with a head of its own has made it so
         for index in {spot.lead[0] for spot in spots.merged if not layer_of(spot.name)}:
             lead = self.models[index]
             if donor.tied != lead.tied:
@@ -217,7 +312,8 @@ class _Planner:
                 f"{model.label}: lacks tensor {name!r} of {reference}; {self._way_out(index, name)}"
             )
         info, wanted = found.info, lead.info
-        if info.shape != wanted.shape:
+        rows_differ = self.assembly is not None and name in self.of_tokens
+        if info.shape[rows_differ:] != wanted.shape[rows_differ:]:
             raise PlanError(
                 f"{model.label}: tensor {found.tensor!r} has shape {list(info.shape)}, but "
                 f"{list(wanted.shape)} in {reference}; models of one shape can be merged"
@@ -281,6 +377,12 @@ class _Planner:
             if pattern and not any(fits(pattern, name) for name in names):
                 where = self.recipe.where(*at)
                 self._note(f"{where}: filter {pattern!r} of {key} fits no tensor")
+
+
+def parsing_bytes(models: Sequence[Model]) -> int:
+    """Memory that reading the vocabularies of these models takes."""
+    files = [model_files(model.folder, model.adapters).get(TOKENIZER) for model in models]
+    return PARSED * sum(file.stat().st_size for file in files if file)
 
 
 def _taken_over(name: str, operand: Operand, dtype: str) -> Step:

@@ -14,7 +14,15 @@ import numpy as np
 from merge.finite import check_grain, check_input
 from merge.formula import Formula, Grain, Merging
 from merge.methods import Passes, Request, Statistic, Sums
-from merge.numerics import STORAGE, Raw, combined_digest, grain_digest, grains, pairwise
+from merge.numerics import (
+    STORAGE,
+    Raw,
+    combined_digest,
+    grain_digest,
+    grains,
+    pairwise,
+    whole_grains,
+)
 from merge.plan import Operand, Plan, Step
 
 
@@ -33,6 +41,8 @@ class Reader:
         step = operand.step
         if step is None:
             self.plan.models[operand.model].source.read(operand.tensor, first, end, out)
+        elif step.places:
+            self._assemble(step, first, end, out)
         elif step.copy:
             self.read(step.operands[0], first, end, out)
         else:
@@ -52,6 +62,14 @@ class Reader:
         rows = np.empty((end - first, operand.info.cols), STORAGE[operand.info.dtype])
         self.read(operand, first, end, rows.reshape(-1).view(np.uint8).data)
         return rows
+
+    def _assemble(self, step: Step, first: int, end: int, out: memoryview) -> None:
+        rows = np.frombuffer(out, STORAGE[step.dtype]).reshape(end - first, step.cols)
+        for operand, places in zip(step.operands, step.places, strict=True):
+            a, b = np.searchsorted(places, (first, end)).tolist()
+            if a < b:
+                start, stop = whole_grains(operand.info.shape, a, b)
+                rows[places[a:b] - first] = self.rows(operand, start, stop)[a - start : b - start]
 
     def _merge(self, step: Step, first: int, end: int, out: memoryview) -> None:
         made = self._of(step)

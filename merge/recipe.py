@@ -15,7 +15,11 @@ from merge.methods import Method, all_methods
 from merge.sections import ModelEntry, ModuleEntry, Sections, SliceEntry, SourceEntry, read_sections
 from merge.settings import Resolution, Settings, SettingsReader
 
-OF_THE_LAST = ("adapter", "score", "allow_nonfinite", "shard_size")  # document of a file
+# of the last document of a file
+OF_THE_LAST = (
+    *("adapter", "score", "allow_nonfinite", "shard_size"),
+    *("tokenizer", "stop", "chat_template"),
+)
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -82,6 +86,14 @@ class Recipe:
         return list(dict.fromkeys([*filter(None, bases), *entries]))
 
     @property
+    def lender(self) -> str | None:
+        """A model that is not merged, whose vocabulary the result gets."""
+        tokens = self.sections.tokens
+        if tokens.source in ("base", "union") or tokens.model(self.labels):
+            return None
+        return tokens.source.removeprefix("model:")
+
+    @property
     def out_dtype(self) -> str | None:
         name = self.sections.out_dtype or self.sections.dtype
         return OUT_DTYPES[name] if name else None
@@ -94,6 +106,8 @@ class Recipe:
         """File and line in which a model is named first."""
         if label == self.sections.base_model:
             return self.where("base_model")
+        if label == self.lender:
+            return self.where("tokenizer" if self.sections.tokenizer else "tokenizer_source")
         for piece in self.slices:
             if label == piece.base:
                 return self.where(*piece.place, "base_model")

@@ -3,22 +3,20 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictInt,
-    ValidationError,
-    field_validator,
-)
+from pydantic import Field, StrictInt, ValidationError, field_validator
 
 from merge.errors import RecipeError
+from merge.fields import Dtype, Label, Parameters, Pattern, Strict
 from merge.lines import Lines, nearest
-from merge.patterns import pattern_problem
+from merge.tokens.sections import (
+    StopSection,
+    TemplateSection,
+    TokenizerSection,
+    TokenSection,
+    UnifySection,
+)
 
 WORDS = {
     "model_type": "it must be a table of keys",
@@ -31,52 +29,13 @@ WORDS = {
     "bool_type": "it must be true or false",
 }  # pydantic's speak of Python
 KINDS = ("models", "slices", "modules")  # of which a recipe has one
-SURGERY = "surgery on {} cannot be run yet; merge models of one vocabulary and leave it out"
 LATER = {
-    "chat_template": SURGERY.format("chat templates"),
     "experts": "mixtures of experts cannot be assembled yet; mergekit-moe reads this file",
     "genome": "this is a search of mergekit-evolve, which cannot be run yet; write one candidate as a "
     "recipe with merge_method and models",
 }
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _label(value: Any) -> Any:
-    """A model as text `path@revision+adapter@revision`; mergekit writes it out as a table, too."""
-    if isinstance(value, str):
-        return "+".join(part.strip() for part in value.split("+"))
-    if not isinstance(value, dict) or "path" in value:
-        return _place(value) if isinstance(value, dict) else value
-    if unknown := [k for k in value if k not in ("model", "lora", "override_architecture")]:
-        raise ValueError(f"a model has no key {unknown[0]!r}; allowed: model, lora")
-    parts = [_place(value.get("model")), *([_place(value["lora"])] if value.get("lora") else [])]
-    return "+".join(parts)
-
-
-def _place(value: Any) -> str:
-    if isinstance(value, dict) and isinstance(value.get("path"), str):
-        revision = value.get("revision")
-        return str(value["path"]) + (f"@{revision}" if revision else "")
-    if not isinstance(value, str):
-        raise ValueError("a model is named by text, or by a table with model and lora")
-    return value
-
-
-def _pattern(value: str) -> str:
-    if problem := pattern_problem(value):
-        raise ValueError(f"it {problem}")
-    return value
-
-
-Label = Annotated[str, BeforeValidator(_label), Field(min_length=1)]
-Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: value or {})]
-Pattern = Annotated[str, AfterValidator(_pattern)]
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 class ModelEntry(Strict):
@@ -109,10 +68,6 @@ class ModuleEntry(Strict):
     parameters: Parameters = {}
 
 
-class TokenizerSection(Strict):
-    source: str | None = None
-
-
 class AdapterSection(Strict):
     """The result is written as a LoRA adapter of the base."""
 
@@ -143,6 +98,8 @@ class Sections(Strict):
     compat: Literal["mergekit"] | None = None
     tokenizer_source: str | None = None
     tokenizer: TokenizerSection | None = None
+    stop: StopSection | None = None
+    chat_template: TemplateSection | None = None
     missing_tensors: Literal["error", "base"] = "error"
     extra_tensors: Literal["error", "drop"] = "error"
     allow_nonfinite: bool = False
@@ -160,9 +117,9 @@ class Sections(Strict):
         return str(value)
 
     @property
-    def vocabulary(self) -> str | None:
-        """Whose vocabulary the merge gets: base, union, or a model; None: not said."""
-        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
+    def tokens(self) -> TokenizerSection:
+        """What becomes of the tokens, also where the recipe does not say so."""
+        return self.tokenizer or TokenizerSection(source=self.tokenizer_source or "base")
 
 
 def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
@@ -170,6 +127,9 @@ def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
     for key, why in LATER.items():
         if key in data:
             raise lines.error((key,), f"{key}: {why}")
+    if "model" in data and "merge_method" not in data:  # one model, rewritten
+        rest = {key: value for key, value in data.items() if key != "model"}
+        data = {"merge_method": "passthrough", "models": [{"model": data["model"]}], **rest}
     if "out_path" in data and "output" not in data:  # mergekit-mega's word
         data = {("output" if key == "out_path" else key): value for key, value in data.items()}
     try:
@@ -190,7 +150,15 @@ def _check_adapter(sections: Sections, lines: Lines) -> None:
     if not sections.base_model:
         what = "an adapter needs base_model, the model that it will be put on"
         raise lines.error(("adapter",), what)
-    for key in ("slices", "modules", "score", "tokenizer", "tokenizer_source"):
+    for key in (
+        "slices",
+        "modules",
+        "score",
+        "tokenizer",
+        "tokenizer_source",
+        "stop",
+        "chat_template",
+    ):
         if getattr(sections, key):
             raise lines.error((key,), f"adapter and {key} are both given; an adapter has no {key}")
 
@@ -212,8 +180,6 @@ def _validation_error(error: ValidationError, lines: Lines) -> RecipeError:
     path = first["loc"]
     name, key = ".".join(map(str, path)), str(path[-1])
     if first["type"] == "extra_forbidden":
-        if "tokenizer" in path[:-1]:
-            return lines.error(path, f"{name}: {SURGERY.format('tokens')}")
         allowed = list(_kind_at(path[:-1]).model_fields)
         what = f"unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
         return lines.error(path, what)
@@ -233,6 +199,10 @@ _KINDS: dict[str, type[Strict]] = {
     "score": ScoreSection,
     "adapter": AdapterSection,
     "tokenizer": TokenizerSection,
+    "tokens": TokenSection,
+    "stop": StopSection,
+    "unify": UnifySection,
+    "chat_template": TemplateSection,
 }
 
 

@@ -19,6 +19,7 @@ from merge.anatomy import (
     main_stack,
     natural_order,
     renamed,
+    tied_heads,
 )
 from merge.errors import PlanError
 from merge.lineup import Lineup
@@ -117,12 +118,38 @@ class _Finder:
             depth = _depth(layer[1], layers[layer[0]]) if layer else self._around(name)
             called = (name,) * len(piece.entries)
             yield Spot(name, piece, called, name, (self.lineup.reference, name), depth)
+        yield from self._untied(piece) if part.module is None else ()
 
     def _check_extra(self, piece: Slice, names: set[str]) -> None:
-        reference = self.lineup.models[self.lineup.reference].label
+        reference, heads = self.lineup.models[self.lineup.reference].label, self._own_heads(piece)
         for index in dict.fromkeys(self.lineup.index[entry.model] for entry in piece.entries):
-            extra = sorted(self.lineup.spelled[index].keys() - names, key=natural_order)
+            extra = sorted(
+                self.lineup.spelled[index].keys() - names - heads.keys(), key=natural_order
+            )
             self._refuse_extra(self.lineup.models[index].label, reference, extra)
+
+    def _untied(self, piece: Slice) -> Iterator[Spot]:
+        """Heads that models have of their own, where the reference's is its embedding."""
+        for name, index in self._own_heads(piece).items():
+            self.config = _with_own_head(self.config)
+            self.notes.append(
+                f"{self.lineup.models[index].label}: has a head of its own, {name}; so has the result, in "
+                "which the models that have none count with their embedding"
+            )
+            called = (name,) * len(piece.entries)
+            yield Spot(name, piece, called, name, (index, name), self._around(name))
+
+    def _own_heads(self, piece: Slice) -> dict[str, int]:
+        """Name of such a head -> number of the first model that has it."""
+        sections, lineup = self.recipe.sections, self.lineup
+        if sections.adapter or sections.extra_tensors == "drop":
+            return {}
+        reference, found = lineup.spelled[lineup.reference], dict[str, int]()
+        for index in (lineup.index[entry.model] for entry in piece.entries):
+            more = sorted(lineup.spelled[index].keys() - reference.keys())
+            tied = tied_heads(lineup.models[lineup.reference].config, reference, more)
+            found |= {name: index for name in tied if name in more and name not in found}
+        return found
 
     def _refuse_extra(self, label: str, reference: str, extra: Sequence[str]) -> None:
         if extra and self.recipe.sections.extra_tensors == "error":
@@ -260,6 +287,14 @@ class _Finder:
         spelled, tensors = self.lineup.spelled[index], self.lineup.models[index].source.tensors
         inside = self._layers(index, stack)[number].items()
         return {short: tensors[spelled[name]].shape for short, name in inside}
+
+
+def _with_own_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose head is a tensor of its own."""
+    key = "tie_word_embeddings"
+    text = config.get("text_config")
+    inner = {"text_config": {**text, key: False}} if isinstance(text, dict) and key in text else {}
+    return {**config, **inner, key: False}
 
 
 def layer_counts(names: Iterable[str]) -> dict[str, int]:

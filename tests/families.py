@@ -86,7 +86,8 @@ def write_model(
     (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}, indent=2))
     if vocabulary is not None:
         vocab = {token: i for i, token in enumerate(vocabulary)}
-        tokenizer = {"model": {"type": "WordLevel", "vocab": vocab}, "added_tokens": []}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": vocabulary[0]}
+        tokenizer = {"model": model, "added_tokens": []}
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     return folder
 

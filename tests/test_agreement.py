@@ -34,8 +34,8 @@ def test_models_that_agree_get_no_note(tmp_path: Path) -> None:
     ("words", "part"),
     [
         (["<s>", "</s>", "zwei", "ein"], "token 'ein' has id 3, not 2"),
-        (["<s>", "</s>", "ein", "drei"], "token 'zwei' has id None, not 3"),
-        ([*WORDS, "drei"], "token 'drei' has id 4, not None"),
+        (["<s>", "</s>", "ein", "drei"], "it lacks the token 'zwei' (id 3)"),
+        ([*WORDS, "drei"], "it has the token 'drei' (id 4) besides"),
     ],
 )
 def test_another_vocabulary_is_refused_by_its_first_token(
@@ -55,14 +55,16 @@ def test_the_same_vocabulary_in_another_order_of_lines_is_the_same(tmp_path: Pat
     assert plan_recipe(recipe).notes == ()
 
 
-def test_added_tokens_belong_to_the_vocabulary(tmp_path: Path) -> None:
+def test_added_tokens_are_taken_in_with_a_note(tmp_path: Path) -> None:
     recipe = pair(tmp_path)
     file = tmp_path / "two" / "tokenizer.json"
     data = json.loads(file.read_text())
     data["added_tokens"] = [{"id": 4, "content": "<|im_end|>"}]
     file.write_text(json.dumps(data))
-    with pytest.raises(PlanError, match=r"<\|im_end\|>"):
-        plan_recipe(recipe)
+    plan = plan_recipe(recipe)
+    assert "'<|im_end|>' (4)" in plan.notes[0]
+    assert plan.tokens is not None
+    assert b"<|im_end|>" in plan.tokens.files["tokenizer.json"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,21 @@ def test_another_architecture_is_refused_by_the_key_that_tells(
         plan_recipe(pair(tmp_path, config={key: value}))
 
 
-def test_another_rope_or_eos_gets_a_note(tmp_path: Path) -> None:
-    notes = plan_recipe(pair(tmp_path, config={"rope_theta": 5e5, "eos_token_id": 3})).notes
+def test_another_rope_gets_a_note(tmp_path: Path) -> None:
+    notes = plan_recipe(pair(tmp_path, config={"rope_theta": 5e5})).notes
     assert any("two: rope_theta is 500000.0" in note for note in notes)
-    assert any("two: ends its texts with token 3, one with 1" in note for note in notes)
+
+
+def test_another_eos_is_refused_with_the_lines_that_resolve_it(tmp_path: Path) -> None:
+    """With these lines in the recipe, or in the way of mergekit, it is planned."""
+    recipe = pair(tmp_path, config={"eos_token_id": 3})
+    with pytest.raises(
+        PlanError, match=r"one stops at 1 '</s>' \(config.json\), two at 3 'zwei'"
+    ) as caught:
+        plan_recipe(recipe)
+    lines = str(caught.value).partition("shall do: ")[2]
+    text = recipe.read_text()
+    recipe.write_text(f"{text}{lines}\n")
+    assert plan_recipe(recipe).config["eos_token_id"] == 1
+    recipe.write_text(f"{text}compat: mergekit\n")
+    assert any("eos-differs" in note for note in plan_recipe(recipe).notes)

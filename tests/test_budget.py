@@ -1,12 +1,13 @@
 """What a plan projects is what a run keeps to."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from families import stored, write_model
+from families import stored, write_model, write_recipe
 from methods.cases import CASES, NAME, Case, needs_base, write_case
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ result = run_recipe(recipe, Path(recipe).parent / "out", memory=memory, fuse=fus
 status = Path("/proc/self/status").read_text()  # getrusage would tell the peak of the test's process
 print(result.budget.peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
 """
+EMBEDDING = "model.embed_tokens.weight"
 SHAPE = (4096, 4096)  # 32 MiB in bfloat16: held inputs, blocks and arrays all count
 ONE_EACH = list({case.method: case for case in CASES}.values())
 BY_ROWS = [Case("model_stock", 3, {}, {"filter_wise": True})]
@@ -111,3 +113,30 @@ def test_peak_never_exceeds_the_cap_and_more_memory_is_used(
         assert budget.peak <= memory << 20
         assert budget.threads * max(budget.block, 1) + budget.hold >= before
         before = budget.threads * max(budget.block, 1) + budget.hold
+
+
+@pytest.mark.parametrize("fuse", ["numpy", "fused"])
+def test_measured_peak_with_other_tokens_is_below_the_projected_one(
+    fuse: str, values: list[NDArray[np.uint16]], tmp_path: Path
+) -> None:
+    """Rows are picked from all over an embedding; vocabularies of 4096 tokens are read for it."""
+    order = np.random.default_rng(1).permutation(SHAPE[0])
+    for number, name in enumerate(("base", "m0", "m1")):
+        write_model(tmp_path / name, {EMBEDDING: ("BF16", values[number])})
+        texts = [f"t{i}" for i in (order if number else sorted(order))]
+        texts[-8:] = [f"<{name}{i}>" for i in range(8)]
+        model = {
+            "type": "WordLevel",
+            "unk_token": texts[0],
+            "vocab": {t: i for i, t in enumerate(texts)},
+        }
+        (tmp_path / name / "tokenizer.json").write_text(
+            json.dumps({"added_tokens": [], "model": model})
+        )
+    ties = next(case for case in CASES if case.method == "ties")
+    recipe = write_recipe(
+        tmp_path / "r.yaml", models={f"m{i}": {"weight": 0.5, "density": 0.5} for i in (0, 1)},
+        merge_method=ties.method, base_model="base", tokenizer={"source": "base"},
+    )  # fmt: skip
+    projected, measured = measured_peak(recipe, "512MiB", fuse)
+    assert measured <= projected

@@ -13,9 +13,11 @@ from merge.verify import verify_folder
 
 CARRIED = {
     "generation_config.json": b'{"eos_token_id": 1}',
-    "tokenizer.json": b'{ "model": {"vocab": {"a": 0}} }',
+    "tokenizer.json": b'{ "model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0}},'
+    b' "added_tokens": [{"id": 1, "content":  "</s>", "special": true,'
+    b' "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}] }',
     "tokenizer_config.json": b'{"bos_token":\t"<s>"}\r\n',
-    "chat_template.jinja": b"{{ messages }}",
+    "chat_template.jinja": b"{% for m in messages %}{{ m.content }}</s>{% endfor %}\r\n",
     "special_tokens_map.json": b"{}",
     "tokenizer.model": bytes(range(256)),
     "LICENSE": "Grüße\n".encode("latin-1"),

@@ -22,9 +22,10 @@ from families import (
 from safetensors import safe_open
 
 from merge.budget import make_budget
-from merge.errors import OutputError, PlanError, RequestError
+from merge.errors import OutputError, PlanError, RequestError, SourceError
 from merge.pipeline import plan_recipe, run_recipe
 from merge.plan import Plan, Step
+from merge.sources.model import read_json
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -120,9 +121,12 @@ def test_a_stored_head_beside_a_tied_embedding_is_not_written(tied_and_untied: P
         assert HEAD not in {s.name for s in plan.steps}
 
 
-def test_an_own_head_does_not_vanish_in_a_tied_model(tied_and_untied: Path) -> None:
-    message = refusal(linear(tied_and_untied, "tied", "untied"))
-    assert f"untied: has 1 tensors that tied lacks, first '{HEAD}'" in message
+def test_a_model_with_an_own_head_unties_the_result(tied_and_untied: Path) -> None:
+    result = run_recipe(linear(tied_and_untied, "tied", "untied"), tied_and_untied / "out")
+    expected = (drawn(3)[HEAD] + drawn(1)[EMBEDDING]) * np.float32(0.5)
+    np.testing.assert_allclose(tensors(result.folder)[HEAD], expected, rtol=1e-6)
+    assert read_json(result.folder / "config.json")["tie_word_embeddings"] is False
+    assert any("head of its own" in note for note in result.plan.notes)
 
 
 def test_a_tied_model_lends_its_embedding_as_head(tied_and_untied: Path) -> None:
@@ -268,8 +272,8 @@ def test_weights_that_sum_to_zero_are_refused_with_file_and_line(tmp_path: Path)
 
 def test_a_tokenizer_source_that_is_no_model_is_refused_with_its_line(tmp_path: Path) -> None:
     family(tmp_path, "a")
-    message = refusal(linear(tmp_path, "base", "a", tokenizer_source="c"))
-    assert re.search(r"r\.yaml:\d+: tokenizer_source is 'c'", message)
+    message = refusal(linear(tmp_path, "base", "a", tokenizer_source="c"), SourceError)
+    assert re.search(r"r\.yaml:\d+: the source of tokens is 'c'; it must be base, union", message)
 
 
 # -- memory and disk -------------------------------------------------------------------------------

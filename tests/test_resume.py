@@ -26,7 +26,7 @@ LARGE = {f"model.layers.{i}.mlp.up_proj.weight": (900, 1000) for i in range(4)} 
 def recipe(tmp_path: Path) -> Path:
     """TIES of two tiny models, in several output files."""
     models = family(tmp_path, "a", "b")
-    (models["base"] / "generation_config.json").write_text("{}")
+    (models["base"] / "generation_config.json").write_text('{"eos_token_id": 1}')
     return ties_recipe(tmp_path / "r.yaml", models, shard_size="1KB")
 
 

@@ -291,14 +291,15 @@ def test_overwrite_never_takes_the_folder_of_the_recipe_or_the_current_one(
 
 def test_another_template_of_the_donor_is_another_merge(recipe: Path) -> None:
     base = recipe.parent / "base"
-    (base / "chat_template.jinja").write_text("old")
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template)
     out = run_recipe(recipe, recipe.parent / "out").folder
     assert run_recipe(recipe, out).existed
-    (base / "chat_template.jinja").write_text("new")
+    (base / "chat_template.jinja").write_text(template + "\n")
     with pytest.raises(OutputError, match="another recipe or of other models"):
         run_recipe(recipe, out)
     run_recipe(recipe, out, overwrite=True)
-    assert (out / "chat_template.jinja").read_text() == "new"
+    assert (out / "chat_template.jinja").read_text() == template + "\n"
 
 
 def test_the_old_output_stays_until_the_new_one_is_whole(

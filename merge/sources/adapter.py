@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from merge.anatomy import vocabulary_tensors
 from merge.blas import Matrix, product
 from merge.errors import SourceError
 from merge.numerics import Array, grain_rows, grains
@@ -22,6 +24,7 @@ from merge.sources.model import (
     ADAPTER_PICKLED,
     ADAPTER_WEIGHTS,
     Model,
+    changed_config,
     read_json,
     text_config,
 )
@@ -45,6 +48,7 @@ def with_adapter(model: Model, folder: Path, name: str, commit: str | None = Non
     public = f"{model.public_name}+{name}"
     return replace(
         model,
+        config=_resized(model, found, adapter),
         label=f"{model.label}+{name}",
         name=public,
         source=adapted.source(),
@@ -53,6 +57,16 @@ def with_adapter(model: Model, folder: Path, name: str, commit: str | None = Non
         adapters=(*model.adapters, folder),
         notes=(*model.notes, *_base_note(model, config, public)),
     )
+
+
+def _resized(model: Model, found: Mapping[str, Change], adapter: Source) -> Mapping[str, Any]:
+    """config.json with the number of rows that the adapter leaves."""
+    rows = {
+        adapter.tensors[change.whole].rows
+        for name, change in found.items()
+        if change.whole and adapter.tensors[change.whole].rows > model.source.tensors[name].rows
+    }
+    return changed_config(model.config, {"vocab_size": max(rows)}) if rows else model.config
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,19 @@ def _opened(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Chang
     weights = _weights(folder)
     stored = (read_header if weights.name == ADAPTER_WEIGHTS else read_checkpoint)(weights)
     kind = str(model.config.get("model_type"))
-    found = changes(config, stored, model.source.tensors, label=model.label, model_type=kind)
+    found = changes(
+        config, stored, model.source.tensors, label=model.label, model_type=kind,
+        grown=_growing(model, folder),
+    )  # fmt: skip
     _check_tied(model, config, found)
     return config, stored_source(stored), found
+
+
+def _growing(model: Model, folder: Path) -> Mapping[str, str]:
+    """Tensors with a row for every token, where the adapter was saved with a tokenizer of its own."""
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    return vocabulary_tensors(model.config, {n: i.shape for n, i in model.source.tensors.items()})
 
 
 def _weights(folder: Path) -> Path:

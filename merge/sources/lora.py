@@ -206,10 +206,12 @@ def changes(
     *,
     label: str,
     model_type: str,
+    grown: Mapping[str, str],
 ) -> dict[str, Change]:
     """What the adapter does, by the base's tensor names; every tensor of the adapter is used.
 
-    Raises SourceError, naming a tensor, where adapter and base (`label`) do not fit together.
+    grown: the base's tensors that may have more rows in the adapter. Raises SourceError, naming a tensor,
+    where adapter and base (`label`) do not fit together.
     """
     fit = _Fit(config, adapter, base, label, model_type)
     found: dict[str, Change] = {}
@@ -218,7 +220,8 @@ def changes(
             raise SourceError(
                 f"{config.where}: {found[target].whole!r} and {name!r} are both {target!r}"
             )
-        fit.check(name, target, base[target].shape)
+        if target not in grown or not fit.is_grown(name, target):
+            fit.check(name, target, base[target].shape)
         found[target] = Change(whole=name)
     for module, names in fit.parts().items():
         for target, change in fit.changes_of(module, names):
@@ -338,12 +341,17 @@ class _Fit:
         if info.shape == wanted:
             return
         todo = "it is an adapter of another base"
-        if info.shape[1:] == wanted[1:] == stored.shape[1:] and info.rows > stored.rows:
-            todo = "its vocabulary was resized, which cannot be merged yet"
+        if wanted[1:] == stored.shape[1:] and self.is_grown(name, target):
+            todo = "its vocabulary was resized, and it brings no tokenizer.json that tells the new tokens"
         raise SourceError(
             f"{self.config.where}: {name!r} has shape {list(info.shape)}, but {list(wanted)} would fit "
             f"{target!r} of {self.label}, {list(stored.shape)}; {todo}"
         )
+
+    def is_grown(self, name: str, target: str) -> bool:
+        """Whether the adapter's tensor is the base's with more rows."""
+        info, stored = self.adapter[name], self.base[target]
+        return info.shape[1:] == stored.shape[1:] and info.rows > stored.rows
 
     def place(self, name: str, wanted: str) -> str:
         """The base's name for the tensor `wanted`, which the adapter's tensor `name` is for."""

@@ -68,6 +68,18 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else config
 
 
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with other values where it has the keys: in its table about text, else at the top."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return {**config, **changes}
+    inner = text | {
+        key: value for key, value in changes.items() if key in text or key not in config
+    }
+    outer = {key: value for key, value in changes.items() if key in config}
+    return {**config, "text_config": inner, **outer}
+
+
 def holds_adapter(folder: Path) -> bool:
     """Whether an adapter is in `folder`, and no model."""
     return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()

@@ -103,7 +103,7 @@ PLAINEST = {c.method: c for c in sorted(CASES, key=lambda c: (-len(c.shared), le
 
 @pytest.mark.parametrize("case", PLAINEST.values(), ids=lambda c: c.id)
 def test_methods_are_compiled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory and the gain of compiling are planned by it."""
+    """Each becomes one loop, whose bits are numpy's; memory is planned for that."""
     import merge.formula
 
     trusted: dict[str, bool] = {}

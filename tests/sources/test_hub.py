@@ -54,7 +54,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
 BESIDE = {
     "config.json": b'{"model_type": "llama"}',
-    "generation_config.json": b"{}",
+    "generation_config.json": b'{"eos_token_id": 1}',
     "tokenizer.json": b'{"model": {"vocab": {"a": 0}}}',
     "tokenizer.model": b"\x0a\x05pieces",
     "tokenizer_config.json": b"{}",
