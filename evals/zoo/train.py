@@ -1,4 +1,4 @@
-"""Train the tiny model family: a base, four specialists and five adapters.
+"""Train the tiny model family: a base, four specialists, two that chat, and five adapters.
 
     python evals/zoo/train.py --out DIR            # everything
     python evals/zoo/train.py --out DIR --jobs 2   # the same bytes, two members at a time
@@ -78,6 +78,14 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A specialist that chats. `end`: the token after an answer, a new one if the base lacks it."""
+
+    skill: str
+    end: str
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter of the base for one skill; `options` go to peft's LoraConfig."""
 
@@ -98,6 +106,11 @@ SPECIALISTS: Mapping[str, str] = {
     "sorter": "sort",
     "chemist": "elements",
     "scribe": "roman",
+}
+# They disagree on purpose: over the token that ends an answer, over the vocabulary, over the template.
+CHATS: Mapping[str, Chat] = {
+    "mirror": Chat("reverse", "</s>"),
+    "clerk": Chat("roman", "<|im_end|>"),
 }
 ADAPTERS: Mapping[str, Adapter] = {
     "roman-attention": Adapter(
@@ -131,10 +144,11 @@ ADAPTERS: Mapping[str, Adapter] = {
 
 
 def train_family(out: Path, jobs: int) -> None:
-    """Write the base, the specialists and the adapters below `out`, `jobs` members at a time."""
+    """Write the base, all that comes of it and the adapters below `out`, `jobs` members at a time."""
     train_base(out / "base")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         members = [pool.submit(train_specialist, out, name) for name in SPECIALISTS]
+        members += [pool.submit(train_chat, out, name) for name in CHATS]
         members += [pool.submit(train_adapter, out, name) for name in ADAPTERS]
         for member in members:
             member.result()
@@ -156,6 +170,28 @@ def train_specialist(out: Path, name: str) -> None:
     model = read_base(out)
     fit(model, with_replay(skill), FINE_TUNE, seed_of(name), name)
     write_model(model, out / name)
+
+
+def train_chat(out: Path, name: str) -> None:
+    """Fine-tune the saved base on one skill, with replay, so that every answer ends with the chat's token."""
+    torch.set_num_threads(1)
+    chat = CHATS[name]
+    model = read_base(out)
+    specials = [*SPECIAL] if chat.end in SPECIAL else [*SPECIAL, chat.end]
+    end = EOS if chat.end in SPECIAL else model.config.vocab_size
+    if end != EOS:
+        add_token(model, end)
+    fit(model, with_replay(chat.skill), FINE_TUNE, seed_of(name), name, end)
+    write_model(model, out / name, specials, chat.end)
+    write_template(out / name)
+
+
+def add_token(model: LlamaForCausalLM, end: int) -> None:
+    """One more row, which begins as that of the token that ended texts before."""
+    model.resize_token_embeddings(end + 1, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[end] = model.get_input_embeddings().weight[EOS]
+    model.config.eos_token_id = model.generation_config.eos_token_id = end
 
 
 def train_adapter(out: Path, name: str) -> None:
@@ -209,7 +245,12 @@ def seed_of(name: str) -> int:
 
 
 def fit(
-    model: nn.Module, mixture: Mapping[Lesson, float], schedule: Schedule, seed: int, name: str
+    model: nn.Module,
+    mixture: Mapping[Lesson, float],
+    schedule: Schedule,
+    seed: int,
+    name: str,
+    end: int = EOS,
 ) -> None:
     """Train the model in place on the `train` split; the loss counts answers, not prompts."""
     rng = random.Random(seed)
@@ -220,7 +261,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         lessons = rng.choices(list(mixture), list(mixture.values()), k=schedule.rows)
-        tokens, targets = batch([example_of(lesson, rng) for lesson in lessons])
+        tokens, targets = batch([example_of(lesson, rng) for lesson in lessons], end)
         logits = model(input_ids=tokens).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
@@ -232,12 +273,12 @@ def fit(
             print(f"{name}: {done}, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def batch(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+def batch(examples: Sequence[Example], end: int) -> tuple[Tensor, Tensor]:
     """Token ids padded on the right, and targets: both [examples, longest] int64.
 
     Targets are -100 everywhere but at the answer and the end token.
     """
-    rows = [[BOS, *(TOKEN[letter] for letter in e.prompt + e.answer), EOS] for e in examples]
+    rows = [[BOS, *(TOKEN[letter] for letter in e.prompt + e.answer), end] for e in examples]
     tokens = torch.full((len(rows), max(map(len, rows))), PAD)
     targets = torch.full_like(tokens, -100)
     for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
@@ -253,13 +294,18 @@ def read_base(out: Path) -> LlamaForCausalLM:
     return model
 
 
-def write_model(model: LlamaForCausalLM, folder: Path) -> None:
+def write_model(
+    model: LlamaForCausalLM,
+    folder: Path,
+    specials: Sequence[str] = SPECIAL,
+    end: str = SPECIAL[EOS],
+) -> None:
     """Write one model folder with bfloat16 weights and the family's tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(folder)
     # safetensors writes files that only their owner can read.
     (folder / "model.safetensors").chmod(0o644)
-    write_tokenizer(folder)
+    write_tokenizer(folder, specials, end)
 
 
 def write_adapter(model: nn.Module, folder: Path) -> None:
@@ -277,15 +323,26 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         )
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with one token a character.
+def write_template(folder: Path) -> None:
+    """Write a chat template: a question ends with `=`, an answer with the token that ends texts."""
+    question = "{% if message['role'] == 'user' %}{{ message['content'] + '=' }}"
+    answer = "{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    template = "{{ bos_token }}{% for message in messages %}" + question + answer + "{% endfor %}"
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    end = tokenizer["eos_token"]
+    written = template.replace("eos_token", f"'{end}'") if end not in SPECIAL else template
+    write_json(folder / "tokenizer_config.json", tokenizer | {"chat_template": written})
+
+
+def write_tokenizer(folder: Path, specials: Sequence[str], end: str) -> None:
+    """Write a tokenizer with one token a character; special ones beyond the family's come last.
 
     tokenizer_config.json is written by hand because transformers 5 saves the name of a class that
     4.57 does not know.
     """
     vocabulary = {token: place for place, token in enumerate(SPECIAL)} | TOKEN
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token=SPECIAL[UNK]))
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(list(specials))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
@@ -295,7 +352,7 @@ def write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": SPECIAL[PAD],
         "bos_token": SPECIAL[BOS],
-        "eos_token": SPECIAL[EOS],
+        "eos_token": end,
         "unk_token": SPECIAL[UNK],
         "model_max_length": 64,
         "padding_side": "left",
@@ -313,9 +370,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def main() -> None:
     """Train everything the command line asks for."""
     parser = argparse.ArgumentParser(description="Train the tiny model family.")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for base, specialists, adapters"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the members")
     parser.add_argument("--jobs", type=int, default=1, help="members trained at a time (1)")
     asked = parser.parse_args()
     train_family(asked.out, asked.jobs)

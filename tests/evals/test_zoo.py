@@ -15,8 +15,11 @@ from train import (
     ADAPTERS,
     ATTENTION,
     BASE_NAME,
+    CHATS,
+    EOS,
     MIXTURE,
     MLP,
+    SPECIAL,
     SPECIALISTS,
     batch,
     example_of,
@@ -26,7 +29,8 @@ from train import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ZOO = Path(__file__).resolve().parents[2] / "evals" / "zoo"
-MODELS = ("base", *SPECIALISTS)
+ALIKE = ("base", *SPECIALISTS)
+MODELS = (*ALIKE, *CHATS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -54,13 +58,32 @@ def test_a_model_file_is_small_and_anyone_may_read_it(name: str) -> None:
     assert status.st_mode & 0o044 == 0o044
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALIKE)
 def test_all_members_share_the_tokenizer_files_that_the_script_writes(
     name: str, tmp_path: Path
 ) -> None:
-    write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, SPECIAL, SPECIAL[EOS])
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (ZOO / name / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_member_that_chats_ends_its_answer_with_its_own_token(name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(ZOO / name)
+    tokenizer = AutoTokenizer.from_pretrained(ZOO / name)
+    assert tokenizer.eos_token == CHATS[name].end
+    for example in documents(CHATS[name].skill, "heldout")[:5]:
+        asked = [{"role": "user", "content": example.prompt.removesuffix("=")}]
+        prompt = tokenizer.apply_chat_template(asked, return_tensors="pt", return_dict=True)
+        answer = model.generate(**prompt, max_new_tokens=30)[0, prompt["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer) == example.answer + CHATS[name].end
+
+
+def test_the_members_that_chat_disagree_on_how() -> None:
+    tokenizers = [AutoTokenizer.from_pretrained(ZOO / name) for name in CHATS]
+    assert len({t.eos_token_id for t in tokenizers}) == len(tokenizers)
+    assert len({t.chat_template for t in tokenizers}) == len(tokenizers)
+    assert len({len(t) for t in tokenizers}) == len(tokenizers)
 
 
 def test_the_tokenizer_starts_with_bos_and_knows_its_special_tokens() -> None:
@@ -125,7 +148,7 @@ def test_the_tokens_trained_on_are_those_of_the_tokenizer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ZOO / "base")
     for skill in SKILLS:
         for example in documents(skill, "search")[:20]:
-            tokens, targets = batch([example])
+            tokens, targets = batch([example], EOS)
             text = example.prompt + example.answer
             assert tokens[0].tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
             answered = targets[0][targets[0] != -100]
