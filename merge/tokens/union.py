@@ -51,6 +51,7 @@ def unite(
     own = [_identity(source), *(counterparts(source, other, section.alias) for other in others)]
     if section.specials != "base" or section.source == "union":
         _check_flags(everyone, section, where)
+    _check_named(source, section, where)
     new = _appended(source, others, own[1:], section, where)
     for text in section.alias:
         if text not in source.ids and text not in new:
@@ -125,6 +126,18 @@ def _named(
         token = new.get(text) or flagged.get(text) or AddedToken(-1, text, special=True)
         found[text] = token if told.special is None else replace(token, special=told.special)
     return found
+
+
+def _check_named(source: Vocabulary, section: TokenizerSection, where: str) -> None:
+    """What the source has already keeps its flags; the recipe must not ask for others."""
+    special = {token.text: token.special for token in source.added}
+    for text, told in section.tokens.items():
+        if text in source.ids and told.special not in (None, special.get(text, False)):
+            kind = "special" if special.get(text, False) else "not special"
+            raise PlanError(
+                f"{where}: tokens.{text}: special is {str(told.special).lower()}, but the token is {kind} in "
+                f"{source.label}, whose flags are kept; leave special out"
+            )
 
 
 def _check_alias(everyone: Sequence[Vocabulary], section: TokenizerSection, where: str) -> None:

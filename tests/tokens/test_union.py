@@ -502,3 +502,11 @@ def test_the_first_difference_in_words() -> None:
     assert first_difference(plain, chat) == "it has the token '<|a|>' (id 300) besides"
     assert first_difference(chat, plain) == "it lacks the token '<|a|>' (id 300)"
     assert first_difference(chat, other) == "token '<|a|>' has id 301, not 300"
+
+
+def test_flags_of_tokens_that_are_there_cannot_be_changed() -> None:
+    """An ordinary piece does not become special without a word."""
+    plain = vocabulary(byte_level())
+    piece = next(text for text in plain.pieces if text not in {t.text for t in plain.added})
+    with pytest.raises(PlanError, match="whose flags are kept"):
+        united(plain, tokens={piece: {"special": True}})
