@@ -180,7 +180,8 @@ def _validation_error(error: ValidationError, lines: Lines) -> RecipeError:
     path = first["loc"]
     name, key = ".".join(map(str, path)), str(path[-1])
     if first["type"] == "extra_forbidden":
-        allowed = list(_kind_at(path[:-1]).model_fields)
+        fields = _kind_at(path[:-1]).model_fields
+        allowed = [field.alias or name for name, field in fields.items()]
         what = f"unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
         return lines.error(path, what)
     if first["type"] == "missing":

@@ -107,7 +107,7 @@ def test_another_eos_is_refused_with_the_lines_that_resolve_it(tmp_path: Path) -
         PlanError, match=r"one stops at 1 '</s>' \(config.json\), two at 3 'zwei'"
     ) as caught:
         plan_recipe(recipe)
-    lines = str(caught.value).partition("shall do: ")[2]
+    lines = str(caught.value).partition("each on its line: ")[2].strip("`")
     text = recipe.read_text()
     recipe.write_text(f"{text}{lines}\n")
     assert plan_recipe(recipe).config["eos_token_id"] == 1

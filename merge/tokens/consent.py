@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import yaml
 
 from merge.errors import PlanError
@@ -14,7 +15,7 @@ from merge.tokens.doctor import examined_files, recipe_lines, vocabulary_of
 from merge.tokens.findings import Finding
 from merge.tokens.fit import eos_difference, template_difference
 from merge.tokens.surgery import Surgery
-from merge.tokens.vocabulary import TOKENIZER, model_files, read_vocabulary
+from merge.tokens.vocabulary import TOKENIZER, Vocabulary, model_files, read_vocabulary
 
 
 def checked_tokens(
@@ -32,6 +33,8 @@ def checked_tokens(
     vocabulary = surgery.vocabulary if surgery else vocabulary_of(parents[0])
     vocabulary = replace(vocabulary, label="the result", config=config)
     found = [*_between(parents, sections, surgery is None), *examined_files(vocabulary, tensors)]
+    if surgery and sections.stop is None:
+        found += _lost_ends(surgery, vocabulary)
     errors = [finding for finding in found if finding.severity == "error"]
     if errors and sections.compat != "mergekit":
         more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""
@@ -55,6 +58,24 @@ def _between(
         yield from template_difference(vocabularies)
 
 
+def _lost_ends(surgery: Surgery, result: Vocabulary) -> Iterator[Finding]:
+    """Models whose ends, as they are called in the result, are none of its ends: in a vocabulary that a model
+    lends which is not merged."""
+    lender = surgery.vocabularies[surgery.lender]
+    for model, own in surgery.vocabularies.items():
+        ends = np.flatnonzero(np.isin(surgery.maps[model], own.stop_ids))
+        if model == surgery.lender or not own.stop_ids or {*ends.tolist()} & {*result.stop_ids}:
+            continue
+        texts = [own.texts.get(i, f"#{i}") for i in own.stop_ids]
+        told = [result.texts.get(i, f"#{i}") for i in result.stop_ids]
+        what = (
+            f"{own.label} stops at {', '.join(map(repr, texts))}, the tokens of {lender.label} at "
+        )
+        fix = yaml.safe_dump({"stop": {"eos": told[0]}}, allow_unicode=True) if told else ""
+        what += ", ".join(map(repr, told)) or "none"
+        yield Finding("eos-differs", "error", (own.label, lender.label), what, {}, fix)
+
+
 def signature(model: Model) -> tuple[Any, ...]:
     """How it ends texts and chats, from its small files alone."""
     told = read_vocabulary(
@@ -70,10 +91,14 @@ def _in_words(finding: Finding) -> str:
 
 def _way_out(errors: Sequence[Finding]) -> str:
     """The recipe lines that resolve the errors, on one line."""
-    section = yaml.safe_load(recipe_lines(errors))
+    section: dict[str, Any] = yaml.safe_load(recipe_lines(errors)) or {}
     if not section:
         return ""
-    lines = yaml.safe_dump(
-        section, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6
-    )
-    return f"; say in the recipe what the result shall do: {lines.strip()[1:-1]}"
+    lines = [
+        yaml.safe_dump(
+            {key: value}, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6
+        ).strip()[1:-1]
+        for key, value in section.items()
+    ]
+    told = " and ".join(f"`{line}`" for line in lines)
+    return f"; say in the recipe what the result shall do, each on its line: {told}"

@@ -193,3 +193,20 @@ def test_the_seed_of_hashing_changes_no_byte(foreign: Path, tmp_path: Path) -> N
         subprocess.run(command, env=environment, check=True, capture_output=True)
         results.append(contents(out))
     assert results[0] == results[1]
+
+
+def test_a_transplant_that_would_never_stop_is_refused_with_the_line_that_resolves_it(
+    tmp_path: Path,
+) -> None:
+    """The end of the lent vocabulary is a token that the model has, and does not end with."""
+    folder = renumbered(tmp_path / "lender", lambda i: i)
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", settings | {"eos_token": "<0x03>"})
+    end = read_json(folder / "tokenizer.json")["model"]["vocab"]["<0x03>"]
+    for name in ("config.json", "generation_config.json"):
+        write_json(folder / name, read_json(folder / name) | {"eos_token_id": end})
+    with pytest.raises(PlanError, match="eos-differs") as refused:
+        surgery(tmp_path, "tokenizer: {source: lender}\n")
+    line = str(refused.value).partition("each on its line: ")[2].strip("`")
+    out = surgery(tmp_path, f"tokenizer: {{source: lender}}\n{line}\n")
+    assert read_json(out / "generation_config.json")["eos_token_id"] == [end, 1, 2]
