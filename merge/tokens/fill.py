@@ -6,7 +6,6 @@ only the model's own tokenizer. Every way ends in `Rows` again, by positions in 
 The embedding and the head are filled apart, each from its own rows; tied, there is only one of them.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,12 +14,12 @@ from numpy.typing import NDArray
 
 from merge.blas import Matrix
 from merge.numerics import Array, grain_rows
+from merge.tokens.meaning import BYTE
 from merge.tokens.vocabulary import Vocabulary
 
 Ids = NDArray[np.int64]
 Rows = Callable[[Ids], Array]  # row numbers, in any order -> [n, cols] float32; by any thread
 
-BYTE = re.compile("<0x[0-9A-F]{2}>")
 HELD_OUT = 10  # one of so many shared tokens is held out when errors are measured
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from merge.tokens.findings import Finding, Severity
-from merge.tokens.vocabulary import SETTINGS, TOKENIZER, AddedToken, Vocabulary
+from merge.tokens.vocabulary import FLAGS, SETTINGS, TOKENIZER, AddedToken, Vocabulary
 from merge.tokens.wholeness import (
     control_tokens,
     eos_places,
@@ -15,7 +15,6 @@ from merge.tokens.wholeness import (
     tables,
 )
 
-FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")  # as AddedToken.flags has them
 ALIGNED = "tokenizer:\n  source: base\n"
 UNITED = "tokenizer:\n  source: base\n  specials: union\n"
 SHOWN = 3  # tokens told of in words

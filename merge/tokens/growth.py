@@ -9,6 +9,7 @@ from merge.tokens.library import library_errors, read_tokenizer
 from merge.tokens.meaning import model_type
 from merge.tokens.vocabulary import (
     ADDED,
+    FLAGS,
     SETTINGS,
     TOKENIZER,
     AddedToken,
@@ -19,7 +20,6 @@ from merge.tokens.vocabulary import (
 New = Mapping[str, AddedToken | None]  # by text, in order of id; None: an ordinary piece
 PARTS = ("normalizer", "pre_tokenizer", "decoder")
 SPELLING = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 
 
 def grown_files(

@@ -11,7 +11,7 @@ from merge.tokens.vocabulary import Vocabulary
 
 Alias = Mapping[str, Sequence[str]]  # text in the result -> other texts that count as it
 ROLES = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
+BYTE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's spelling of one
 
 
 def counterparts(source: Vocabulary, other: Vocabulary, alias: Alias) -> NDArray[np.int64]:
@@ -108,7 +108,7 @@ def _byte_level(text: str) -> Spelt:
 
 
 def _metaspace(text: str) -> Spelt:
-    if byte := _BYTE.fullmatch(text):
+    if byte := BYTE.fullmatch(text):
         return None, bytes([int(byte[1], 16)])
     return text.replace("▁", " ").encode(errors="surrogatepass"), None
 
@@ -132,3 +132,4 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
+BYTE_LEVEL = {byte: letter for letter, byte in _BYTE_OF.items()}

@@ -7,7 +7,6 @@ tokenizer's own vocabulary that is neither an added token nor a byte). In the he
 does not count, since nothing predicts it. End tokens may share one row: texts then stop at either.
 """
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from merge.numerics import STORAGE, first_nonfinite, grains
 from merge.sources.model import Model
 from merge.tokens.findings import Finding, Severity
+from merge.tokens.meaning import BYTE
 from merge.tokens.vocabulary import Vocabulary
 from merge.tokens.wholeness import control_tokens, said_tied, token_tensors
 
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SHOWN = 3  # rows told of in words
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from merge.tokens.fill import Combination
 from merge.tokens.library import library_errors, read_tokenizer
-from merge.tokens.meaning import scheme
+from merge.tokens.meaning import BYTE_LEVEL, scheme
 from merge.tokens.vocabulary import Vocabulary
 
 LEAST_LIKELY = -1e9  # the score of a piece that is never chosen
@@ -89,13 +89,3 @@ def _cut(model: Any, text: bytes, spelling: str) -> Iterator[int]:
             yield from () if piece is None else (piece,)
         elif part:
             yield from (token.id for token in model.tokenize(part))
-
-
-def _byte_level() -> dict[int, str]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others for what follows U+00FF."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
-
-
-BYTE_LEVEL = _byte_level()

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge.errors import PlanError
-from merge.tokens.growth import FLAGS, New, grown_files, mixing_problem, moved_token
+from merge.tokens.growth import New, grown_files, mixing_problem, moved_token
 from merge.tokens.meaning import counterparts, own_id, scheme
 from merge.tokens.sections import TokenizerSection
-from merge.tokens.vocabulary import AddedToken, Vocabulary
+from merge.tokens.vocabulary import FLAGS, AddedToken, Vocabulary
 
 LARGEST = 1 << 24  # tokens: 64 times the largest vocabulary known; a map of them takes 128 MiB
 

@@ -21,6 +21,13 @@ GENERATION, TEMPLATE, CONFIG = "generation_config.json", "chat_template.jinja", 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # takes tokenizer.json as it is, in transformers 4.57 and 5
 VERBATIM = {"tokenizer_class": "PreTrainedTokenizerFast"}
+FLAGS = (
+    "special",
+    "normalized",
+    "single_word",
+    "lstrip",
+    "rstrip",
+)  # of an added token, in this order
 LARGEST = 256 << 20  # bytes of one of these files
 # of a tokenizer: where a result takes another model's, these of its own go
 TOKEN_FILES = (
@@ -45,7 +52,7 @@ class AddedToken:
 
     @property
     def flags(self) -> tuple[bool, ...]:
-        return self.special, self.normalized, self.single_word, self.lstrip, self.rstrip
+        return tuple(getattr(self, flag) for flag in FLAGS)
 
 
 @dataclass(frozen=True)
@@ -78,9 +85,8 @@ class Vocabulary:
     @cached_property
     def added(self) -> tuple[AddedToken, ...]:
         """By id."""
-        keys = ("special", "normalized", "single_word", "lstrip", "rstrip")
         found = [
-            AddedToken(t["id"], t["content"], **{key: bool(t.get(key)) for key in keys})
+            AddedToken(t["id"], t["content"], **{key: bool(t.get(key)) for key in FLAGS})
             for t in self.tokenizer.get("added_tokens") or ()
         ]
         return tuple(sorted(found, key=lambda token: token.id))

@@ -104,6 +104,13 @@ def write_case(
     """Model folders m0, m1, ... and base, and the recipe of `case` over them."""
     for i, values in enumerate(models):
         write_model(folder / f"m{i}", typed(values, dtype))
+    if all_methods()[case.method].base != "first" and needs_base(case):
+        write_model(folder / "base", typed(base, dtype))
+    return recipe_of(folder, case, **keys)
+
+
+def recipe_of(folder: Path, case: Case, **keys: Any) -> Path:
+    """The recipe of `case` over the folders m0, m1, ... and base."""
     entries = [
         {"model": f"m{i}", "parameters": {k: v[i] for k, v in case.own.items()}}
         for i in range(case.models)
@@ -111,7 +118,6 @@ def write_case(
     if all_methods()[case.method].base == "first":
         keys["base_model"] = "m0"
     elif needs_base(case):
-        write_model(folder / "base", typed(base, dtype))
         keys["base_model"] = "base"
     if case.shared:
         keys["parameters"] = dict(case.shared)

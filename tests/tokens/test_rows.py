@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from families import drawn, typed, write_model, write_recipe, write_tensors
-from methods.cases import CASES, Case, needs_base, read_values
+from methods.cases import CASES, Case, needs_base, read_values, recipe_of
 from numpy.typing import NDArray
 
 from merge.errors import PlanError
@@ -69,20 +69,6 @@ def write_tokenizer(folder: Path, place: Mapping[str, int]) -> None:
     told = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": None}
     told |= {"post_processor": None, "decoder": None, "model": model}
     (folder / "tokenizer.json").write_text(json.dumps(told))
-
-
-def recipe_of(folder: Path, case: Case, **keys: Any) -> Path:
-    entries = [
-        {"model": f"m{i}", "parameters": {k: v[i] for k, v in case.own.items()}}
-        for i in range(case.models)
-    ]
-    if all_methods()[case.method].base == "first":
-        keys["base_model"] = "m0"
-    elif needs_base(case):
-        keys["base_model"] = "base"
-    if case.shared:
-        keys["parameters"] = dict(case.shared)
-    return write_recipe(folder / "r.yaml", models=entries, merge_method=case.method, **keys)
 
 
 def ids_of(folder: Path) -> dict[str, int]:
@@ -187,7 +173,7 @@ def test_padding_is_kept_trimmed_or_rounded_up(tmp_path: Path) -> None:
     assert np.abs(rows[2][-1] - mean).max() <= 2.0**-22
     refused = recipe_of(tmp_path, case, tokenizer={"size": 16})
     with pytest.raises(
-        PlanError, match=r"r.yaml:\d+: tokenizer.size is 16; the tokens need 17 rows"
+        PlanError, match=r"recipe.yaml:\d+: tokenizer.size is 16; the tokens need 17 rows"
     ):
         run_recipe(refused, tmp_path / "out")
 
