@@ -523,7 +523,7 @@ def _compile(source: str, places: int) -> Callable[..., None]:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
+        cpu=binding.get_host_cpu_name(), features=_features(), opt=3
     )
     module = binding.parse_assembly(source)
     module.verify()
@@ -537,3 +537,13 @@ def _compile(source: str, places: int) -> Callable[..., None]:
     numbers = (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32)
     of = ctypes.CFUNCTYPE(None, *numbers, *[ctypes.c_void_p] * places)
     return of(engine.get_function_address("loop"))
+
+
+def _features() -> str:
+    """What this processor can do. Where it has registers of 512 bits they are used: LLVM takes halves of them,
+    and arcee_fusion then takes 7.0 ns a value, not 5.3."""
+    from llvmlite import binding
+
+    found = binding.get_host_cpu_features()
+    whole = ",-prefer-256-bit" if found.get("avx512f") else ""
+    return f"{found.flatten()}{whole}"
