@@ -200,17 +200,32 @@ def tied_heads(config: Section, stored: Iterable[str], heads: Iterable[str] = ()
     return copies
 
 
+def token_tensors(names: Iterable[str]) -> dict[str, str]:
+    """Tensors of the text model that by their names have a row for every token -> "embed", or "head" for what
+    gives the logits; of embeddings the one first that the others are copies of."""
+    stored = [n for n in names if _part(n, set()) == "text_decoder" and not layer_of(n)]
+    embeddings = sorted((n for n in stored if EMBEDDING.search(n)), key=_precedence)
+    beside = [n for n in stored if PER_LAYER.search(n)]
+    heads = [n for n in stored if HEAD.search(n) or OF_TOKENS.search(n)]
+    return dict.fromkeys([*embeddings, *beside], "embed") | dict.fromkeys(heads, "head")
+
+
+def embedding_and_head(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """The text model's input embedding and its output head, None where it has none of its own."""
+    found = token_tensors(names)
+    embedding = next((name for name in found if EMBEDDING.search(name)), None)
+    return embedding, next((name for name in found if HEAD.search(name)), None)
+
+
 def vocabulary_tensors(config: Section, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Tensors with a row for every token -> "embed", or "head" for what gives the logits."""
-    stored = [n for n in shapes if _part(n, set()) == "text_decoder" and not layer_of(n)]
-    embeddings = [name for name in stored if EMBEDDING.search(name) and len(shapes[name]) == 2]
-    embeddings += [name for name in stored if PER_LAYER.search(name)]
-    heads = [n for n in stored if (HEAD.search(n) or OF_TOKENS.search(n)) and len(shapes[n]) > 0]
-    if not embeddings + heads:
-        return {}
-    rows = shapes[min(embeddings, key=_precedence) if embeddings else heads[0]][0]
-    kinds = dict.fromkeys(heads, "head") | dict.fromkeys(embeddings, "embed")
-    return {name: kind for name, kind in kinds.items() if shapes[name][0] == rows}
+    """Those of token_tensors that do have a row for every token."""
+    kinds = {
+        name: kind
+        for name, kind in token_tensors(shapes).items()
+        if len(shapes[name]) == 2 or (shapes[name] and not EMBEDDING.search(name))
+    }
+    rows = {shapes[name][0] for name in [*kinds][:1]}
+    return {name: kind for name, kind in kinds.items() if shapes[name][0] in rows}
 
 
 def recomputed(name: str, shape: Sequence[int]) -> bool:

@@ -318,9 +318,14 @@ def _told_codes() -> str:
 
 @main.command("doctor", epilog=_told_codes())
 @click.argument("models", nargs=-1, required=True)
+@click.option(
+    "--load/--no-load",
+    default=True,
+    help="Ask transformers to load the tokenizers, or not: that takes seconds.",
+)
 @OFFLINE
 @JSON
-def doctor_command(models: tuple[str, ...], offline: bool, as_json: bool) -> None:
+def doctor_command(models: tuple[str, ...], load: bool, offline: bool, as_json: bool) -> None:
     """Finds what is wrong with the tokens of MODELS, of each and as parents of one merge.
 
     MODELS are named as in recipes: a folder (a merge too), zoo:NAME, a hub id, model+adapter. Vocabularies,
@@ -330,7 +335,8 @@ def doctor_command(models: tuple[str, ...], offline: bool, as_json: bool) -> Non
     """
     from merge.tokens.doctor import diagnosed, recipe_lines
 
-    findings = diagnosed([_opened(name, offline) for name in dict.fromkeys(models)])
+    opened = [_opened(name, offline) for name in dict.fromkeys(models)]
+    findings = diagnosed(opened, load=load)
     lines = recipe_lines(findings)
     if as_json:
         listed = [asdict(finding) for finding in findings]

@@ -28,7 +28,7 @@ class Lineup:
         self.base = index[base] if base else None
         self.donor = self._donor()
         self.reference = self._reference()
-        known = [*recipe.labels, *([recipe.lender] if recipe.lender else [])]
+        known = [*recipe.labels, *filter(None, [recipe.outside_source])]
         self.spelled = {i: self._spelling(i) for i in (index[label] for label in known)}
 
     @cached_property

@@ -84,7 +84,7 @@ def plan_recipe(
 
 def _lending(recipe: Recipe, label: str) -> str:
     """What is wrong with a vocabulary's source that is no model, before why it is none."""
-    if label != recipe.lender:
+    if label != recipe.outside_source:
         return ""
     models = ", ".join(recipe.labels)
     return f"the source of tokens is {label!r}; it must be base, union, one of {models} or another model: "

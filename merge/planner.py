@@ -18,8 +18,9 @@ from merge.sources import Source, TensorInfo
 from merge.sources.model import Model
 from merge.spots import Spot, Spots, find_spots, layer_counts, some
 from merge.tokens.assembly import Assembly
-from merge.tokens.consent import checked_tokens, signature
+from merge.tokens.consent import alike, checked_tokens, end_alike
 from merge.tokens.surgeon import plan_surgery, wants_surgery
+from merge.tokens.vocabularies import Vocabularies
 from merge.tokens.vocabulary import PARSED, TOKENIZER, model_files
 
 MOST_TIMES = 8  # that a merge within a merge is made, in the mean
@@ -33,9 +34,10 @@ def make_plan(recipe: Recipe, models: Mapping[str, Model], memory: int | None = 
     known = list(models.values())
     index = {label: i for i, label in enumerate(models)}
     made: dict[int, Mapping[str, Step]] = {}
+    vocabularies = Vocabularies()
     notes: list[str] = []
     for name, stage in recipe.stages.items():
-        plan = _Planner(Lineup(stage, known, index, made), memory).plan()
+        plan = _Planner(Lineup(stage, known, index, made), vocabularies, memory).plan()
         if plan.tokens:
             raise PlanError(
                 f"{stage.file}:1: {name}: its models have other tokens than one another; write this merge "
@@ -45,7 +47,7 @@ def make_plan(recipe: Recipe, models: Mapping[str, Model], memory: int | None = 
         made[len(known)] = {step.name: step for step in plan.steps}
         known.append(_as_model(name, plan))
         notes += plan.notes
-    planner = _Planner(Lineup(recipe, known, index, made), memory)
+    planner = _Planner(Lineup(recipe, known, index, made), vocabularies, memory)
     plan = planner.plan()
     if not recipe.sections.adapter:
         notes += planner.token_notes(plan)
@@ -65,7 +67,7 @@ def make_plan(recipe: Recipe, models: Mapping[str, Model], memory: int | None = 
 def model_labels(recipe: Recipe) -> list[str]:
     """Every model that has to be opened, once: those of the recipe itself first, its base the first."""
     labels = [label for each in (recipe, *recipe.stages.values()) for label in each.labels]
-    labels += [label for label in [recipe.lender] if label]
+    labels += [label for label in [recipe.outside_source] if label]
     return [label for label in dict.fromkeys(labels) if label not in recipe.stages]
 
 
@@ -83,9 +85,9 @@ def _as_model(name: str, plan: Plan) -> Model:
 class _Planner:
     """Turns the spots of one recipe into steps."""
 
-    def __init__(self, lineup: Lineup, memory: int | None) -> None:
+    def __init__(self, lineup: Lineup, vocabularies: Vocabularies, memory: int | None) -> None:
         self.lineup, self.recipe, self.models = lineup, lineup.recipe, lineup.models
-        self.memory, self.parsing = memory, 0
+        self.vocabularies, self.memory, self.parsing = vocabularies, memory, 0
         self.unseen: list[str] = []
         self.notes: list[str] = []
         self.assembly: Assembly | None = None
@@ -97,7 +99,9 @@ class _Planner:
         whole = self.recipe.sections.modules is None
         self.notes += [note for index in lineup.spelled for note in self.models[index].notes]
         same = bool(self.recipe.sections.adapter)
-        self.notes += check_agreement(donor, others, whole=whole, same_tokens=same)
+        self.notes += check_agreement(
+            donor, others, self.vocabularies, whole=whole, same_tokens=same
+        )
         self._note_dropped()
         spots = find_spots(lineup)
         self.notes += spots.notes
@@ -114,11 +118,17 @@ class _Planner:
         surgery = self.assembly.surgery if self.assembly else None
         models = [*self.models, *([self.assembly.model()] if self.assembly else [])]
         return Plan(
-            self.recipe, tuple(models), lineup.donor, lineup.base,
-            surgery.config if surgery else spots.config, ordered,
-            tuple(self.notes), self._origins(ordered), surgery.retold if surgery else None,
-            tuple(self.assembly.fillings if self.assembly else ()),
-        )  # fmt: skip
+            recipe=self.recipe,
+            models=tuple(models),
+            donor=lineup.donor,
+            base=lineup.base,
+            config=surgery.config if surgery else spots.config,
+            steps=ordered,
+            notes=tuple(self.notes),
+            origins=self._origins(ordered),
+            tokens=surgery.retold if surgery else None,
+            fillings=tuple(self.assembly.fillings if self.assembly else ()),
+        )
 
     # -- tokens ------------------------------------------------------------------------------------
 
@@ -127,14 +137,29 @@ class _Planner:
         lineup, surgery = self.lineup, self.assembly.surgery if self.assembly else None
         parents = [lineup.donor, *(i for i in lineup.merged if i != lineup.donor)]
         models = [self.models[i] for i in parents]
-        alike = len({signature(model) for model in models}) == 1
-        if surgery is None and not self._can_read(models[:1] if alike else models):
-            least = -(-(RESERVED + parsing_bytes(models)) >> 20)
-            what = f"its tokens were not looked at, which takes --memory {least}MiB"
-            self.unseen.append(f"{models[0].label}: {what}")
+        seen = models if surgery else self._seen(models)
+        if not seen:
             return []
         tensors = {step.name: TensorInfo(step.dtype, step.shape) for step in plan.steps}
-        return checked_tokens(models, self.recipe.sections, surgery, plan.config, tensors)
+        return checked_tokens(
+            seen, self.vocabularies, self.recipe.sections, surgery, plan.config, tensors
+        )
+
+    def _seen(self, models: Sequence[Model]) -> Sequence[Model]:
+        """Those of the models whose vocabularies have to be looked at, and can be."""
+        wanted = models[:1] if alike(models, self.vocabularies) else models
+        if self._can_read(wanted):
+            return wanted
+        least = -(-(RESERVED + parsing_bytes(wanted)) >> 20)
+        if end_alike(models, self.vocabularies) and self._can_read(models[:1]):
+            what = (
+                f"other models may split texts otherwise; looking at that takes --memory {least}MiB"
+            )
+            self.unseen.append(f"{models[0].label}: {what}")
+            return models[:1]
+        what = f"its tokens were not looked at, which takes --memory {least}MiB"
+        self.unseen.append(f"{models[0].label}: {what}")
+        return []
 
     def _can_read(self, models: Sequence[Model]) -> bool:
         """Whether the vocabularies of these models fit into the memory; then they count as read."""
@@ -155,10 +180,10 @@ class _Planner:
 
     def _plan_surgery(self, spots: Spots) -> None:
         """Where tokens differ or the recipe changes them; of an adapter they must be the base's."""
-        if self.recipe.sections.adapter or not wants_surgery(self.lineup):
+        if self.recipe.sections.adapter or not wants_surgery(self.lineup, self.vocabularies):
             return
-        lender = self.recipe.lender
-        parents = [*self.lineup.merged, *([self.lineup.index[lender]] if lender else [])]
+        source = self.recipe.outside_source
+        parents = [*self.lineup.merged, *([self.lineup.index[source]] if source else [])]
         models = [self.models[i] for i in parents]
         if not self._can_read(models):
             least = -(-(RESERVED + parsing_bytes(models)) >> 20)
@@ -166,7 +191,7 @@ class _Planner:
                 f"{self.recipe.file}:1: the models have other tokens than one another, and reading what they "
                 f"have takes --memory {least}MiB"
             )
-        surgery = plan_surgery(self.lineup, spots.config)
+        surgery = plan_surgery(self.lineup, spots.config, self.vocabularies)
         if not surgery.is_idle:
             self.assembly = Assembly(self.lineup, surgery)
             self.notes += surgery.notes

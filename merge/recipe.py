@@ -86,7 +86,7 @@ class Recipe:
         return list(dict.fromkeys([*filter(None, bases), *entries]))
 
     @property
-    def lender(self) -> str | None:
+    def outside_source(self) -> str | None:
         """A model that is not merged, whose vocabulary the result gets."""
         tokens = self.sections.tokens
         if tokens.source in ("base", "union") or tokens.model(self.labels):
@@ -106,7 +106,7 @@ class Recipe:
         """File and line in which a model is named first."""
         if label == self.sections.base_model:
             return self.where("base_model")
-        if label == self.lender:
+        if label == self.outside_source:
             return self.where("tokenizer" if self.sections.tokenizer else "tokenizer_source")
         for piece in self.slices:
             if label == piece.base:

@@ -7,9 +7,20 @@ from typing import Any
 import pytest
 from families import drawn, typed, write_model, write_recipe
 
+from merge.budget import RESERVED
 from merge.errors import PlanError, SourceError
 from merge.pipeline import plan_recipe
+from merge.sources.opening import open_model
+from merge.tokens.doctor import diagnosed
+from merge.tokens.vocabulary import PARSED
 
+OF_CONFIGS = {
+    "architecture-differs",
+    "heads-differ",
+    "settings-differ",
+    "rope-differs",
+    "tying-differs",
+}
 WORDS = ["<s>", "</s>", "ein", "zwei"]
 
 
@@ -98,6 +109,94 @@ def test_another_architecture_is_refused_by_the_key_that_tells(
 def test_another_rope_gets_a_note(tmp_path: Path) -> None:
     notes = plan_recipe(pair(tmp_path, config={"rope_theta": 5e5})).notes
     assert any("two: rope_theta is 500000.0" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen3"},
+        {"hidden_act": "gelu"},
+        {"num_attention_heads": 4, "head_dim": 2},
+        {"rope_theta": 5e5},
+        {
+            "rope_theta": None,
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0},
+        },
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"partial_rotary_factor": 0.5},
+        {"rms_norm_eps": 1e-5, "sliding_window": 8},
+        {"tie_word_embeddings": True},
+    ],
+)
+def test_a_plan_says_of_configs_what_the_doctor_says(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """The same findings: errors refuse it, warnings are notes."""
+    recipe = pair(tmp_path, config=config)
+    one = tmp_path / "one" / "config.json"
+    told = {"rms_norm_eps": 1e-6, "sliding_window": 4, "head_dim": 4}
+    one.write_text(json.dumps(json.loads(one.read_text()) | told))
+    found = diagnosed([open_model(str(tmp_path / name)) for name in ("one", "two")], load=False)
+    found = [finding for finding in found if finding.code in OF_CONFIGS]
+    assert found
+    if errors := [finding for finding in found if finding.severity == "error"]:
+        with pytest.raises(PlanError, match=rf"\({errors[0].code}\)"):
+            plan_recipe(recipe)
+        return
+    notes = [note for note in plan_recipe(recipe).notes if "config.json comes from one" in note]
+    assert [note.partition(" (")[2].partition(")")[0] for note in notes] == [f.code for f in found]
+
+
+def test_both_generations_of_config_get_no_note(tmp_path: Path) -> None:
+    newer = {"rope_theta": None, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert plan_recipe(pair(tmp_path, config=newer)).notes == ()
+
+
+def tokenizers_differ(folder: Path, **changes: Any) -> None:
+    """Both models get one added token, and the tokenizer of the second these keys besides."""
+    for name, more in (("one", {}), ("two", changes)):
+        file = folder / name / "tokenizer.json"
+        added = [{"id": 1, "content": "</s>", "special": True}]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"added_tokens": added} | more))
+
+
+@pytest.mark.parametrize(
+    ("code", "changes", "lines"),
+    [
+        ("normalizer-differs", {"normalizer": {"type": "Lowercase"}}, "tokenizer: {source: base}"),
+        (
+            "pre-tokenizer-differs",
+            {"pre_tokenizer": {"type": "Whitespace"}},
+            "tokenizer_source: base",
+        ),
+        (
+            "flags-differ",
+            {"added_tokens": [{"id": 1, "content": "</s>", "special": False}]},
+            "tokenizer: {conflict: base}",
+        ),
+    ],
+)
+def test_a_plan_notes_what_differs_in_tokenizers_unless_the_recipe_says_whose_counts(
+    tmp_path: Path, code: str, changes: dict[str, Any], lines: str
+) -> None:
+    recipe = pair(tmp_path)
+    tokenizers_differ(tmp_path, **changes)
+    assert any(f"({code})" in note for note in plan_recipe(recipe).notes)
+    recipe.write_text(f"{recipe.read_text()}{lines}\n")
+    assert not any(f"({code})" in note for note in plan_recipe(recipe).notes)
+
+
+def test_what_the_memory_does_not_allow_to_compare_is_told(tmp_path: Path) -> None:
+    """One vocabulary can be read: the result is looked at, and what the other does otherwise is unseen."""
+    recipe = pair(tmp_path)
+    tokenizers_differ(tmp_path, normalizer={"type": "Lowercase"})
+    size = (tmp_path / "one" / "tokenizer.json").stat().st_size
+    plan = plan_recipe(recipe, memory=str(RESERVED + PARSED * size))
+    assert plan.notes == ()
+    (unseen,) = plan.unseen
+    assert "other models may split texts otherwise; looking at that takes --memory 81MiB" in unseen
+    (unseen,) = plan_recipe(recipe, memory=str(RESERVED)).unseen
+    assert "its tokens were not looked at, which takes --memory 81MiB" in unseen
 
 
 def test_another_eos_is_refused_with_the_lines_that_resolve_it(tmp_path: Path) -> None:

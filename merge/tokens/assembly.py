@@ -170,7 +170,7 @@ class _Rows:
 
     def _from_donors(self, own: _Own, missing: Numbers) -> None:
         """As rows of the model that lends the vocabulary, else of the first that owns the token."""
-        for model in dict.fromkeys([self.surgery.lender, *self.lineup.merged]):
+        for model in dict.fromkeys([self.surgery.source, *self.lineup.merged]):
             operand = self.lineup.stored(model, self.plain.name)
             if model == own.operand.model or operand is None:
                 continue

@@ -11,15 +11,19 @@ from merge.errors import PlanError
 from merge.sections import Sections
 from merge.sources import TensorInfo
 from merge.sources.model import Model
-from merge.tokens.doctor import examined_files, recipe_lines, vocabulary_of
+from merge.tokens.doctor import examined_files, recipe_lines
 from merge.tokens.findings import Finding
-from merge.tokens.fit import eos_difference, template_difference
+from merge.tokens.fit import vocabulary_findings
 from merge.tokens.surgery import Surgery
-from merge.tokens.vocabulary import TOKENIZER, Vocabulary, model_files, read_vocabulary
+from merge.tokens.vocabularies import Vocabularies
+from merge.tokens.vocabulary import Vocabulary
+
+OF_SPLITTING = ("normalizer-differs", "pre-tokenizer-differs", "merges-differ")
 
 
 def checked_tokens(
     parents: Sequence[Model],
+    vocabularies: Vocabularies,
     sections: Sections,
     surgery: Surgery | None,
     config: Mapping[str, Any],
@@ -30,11 +34,16 @@ def checked_tokens(
     parents: the models that are merged, the one first that lends its files. config, tensors: of the
     result. In the way of mergekit (compat) everything is a note.
     """
-    vocabulary = surgery.vocabulary if surgery else vocabulary_of(parents[0])
-    vocabulary = replace(vocabulary, label="the result", config=config)
-    found = [*_between(parents, sections, surgery is None), *examined_files(vocabulary, tensors)]
+    result = surgery.vocabulary if surgery else vocabularies.of(parents[0])
+    result = replace(result, label="the result", config=config)
+    found = [
+        finding
+        for finding in vocabulary_findings([vocabularies.of(model) for model in parents])
+        if _is_open(finding, sections, result)
+    ]
+    found += examined_files(result, tensors)
     if surgery and sections.stop is None:
-        found += _lost_ends(surgery, vocabulary)
+        found += _lost_ends(surgery, result)
     errors = [finding for finding in found if finding.severity == "error"]
     if errors and sections.compat != "mergekit":
         more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""
@@ -42,47 +51,55 @@ def checked_tokens(
     return [_in_words(finding) for finding in found]
 
 
-def _between(
-    parents: Sequence[Model], sections: Sections, one_vocabulary: bool
-) -> Iterator[Finding]:
-    """Where models end texts or chat in other ways, and the recipe does not say how the result does."""
-    chosen = sections.chat_template or sections.tokens.source not in ("base", "union")
-    open_ends, open_chat = sections.stop is None, not chosen  # a model's tokenizer has its template
-    alike = one_vocabulary and len({signature(model) for model in parents}) == 1
-    if alike or not (open_ends or open_chat):
-        return
-    vocabularies = [vocabulary_of(model) for model in parents]
-    if open_ends:
-        yield from eos_difference(vocabularies)
-    if open_chat:
-        yield from template_difference(vocabularies)
+def alike(models: Sequence[Model], vocabularies: Vocabularies) -> bool:
+    """Whether files show, before any tokens are read, that these models do not differ in theirs."""
+    spelt = {vocabularies.spelling(model) for model in models} - {""}
+    return len(spelt) < 2 and end_alike(models, vocabularies)
+
+
+def end_alike(models: Sequence[Model], vocabularies: Vocabularies) -> bool:
+    """Whether models stop at the same ids and have one chat template, by their small files alone."""
+    told = [vocabularies.beside(model) for model in models]
+    return len({(v.stop_ids, v.named("eos_token"), v.template) for v in told}) == 1
+
+
+def _is_open(finding: Finding, sections: Sections, result: Vocabulary) -> bool:
+    """Whether the recipe leaves open what becomes of a difference between models. Never of ids and rows: rows
+    follow their tokens, and what the result does without is noted."""
+    section = sections.tokens
+    lent = section.source not in ("base", "union")  # a model's tokenizer, with its template
+    code = finding.code
+    if code == "eos-differs":
+        return sections.stop is None
+    if code == "template-differs":
+        return not (sections.chat_template or lent)
+    if code == "control-token-missing":
+        lacking = {text for texts in finding.evidence["tokens"].values() for text in texts}
+        said = sections.chat_template or lent or section.specials
+        return not said and not lacking <= result.ids.keys()
+    if code == "flags-differ":
+        return section.conflict != "base"
+    if code in OF_SPLITTING:
+        return not (sections.tokenizer or sections.tokenizer_source)
+    return False
 
 
 def _lost_ends(surgery: Surgery, result: Vocabulary) -> Iterator[Finding]:
     """Models whose ends, as they are called in the result, are none of its ends: in a vocabulary that a model
     lends which is not merged."""
-    lender = surgery.vocabularies[surgery.lender]
+    source = surgery.vocabularies[surgery.source]
     for model, own in surgery.vocabularies.items():
         ends = np.flatnonzero(np.isin(surgery.maps[model], own.stop_ids))
-        if model == surgery.lender or not own.stop_ids or {*ends.tolist()} & {*result.stop_ids}:
+        if model == surgery.source or not own.stop_ids or {*ends.tolist()} & {*result.stop_ids}:
             continue
         texts = [own.texts.get(i, f"#{i}") for i in own.stop_ids]
         told = [result.texts.get(i, f"#{i}") for i in result.stop_ids]
         what = (
-            f"{own.label} stops at {', '.join(map(repr, texts))}, the tokens of {lender.label} at "
+            f"{own.label} stops at {', '.join(map(repr, texts))}, the tokens of {source.label} at "
         )
         fix = yaml.safe_dump({"stop": {"eos": told[0]}}, allow_unicode=True) if told else ""
         what += ", ".join(map(repr, told)) or "none"
-        yield Finding("eos-differs", "error", (own.label, lender.label), what, {}, fix)
-
-
-def signature(model: Model) -> tuple[Any, ...]:
-    """How it ends texts and chats, from its small files alone."""
-    told = read_vocabulary(
-        model.label, {**model_files(model.folder, model.adapters), TOKENIZER: b"{}"}
-    )
-    assert told is not None
-    return told.stop_ids, told.named("eos_token"), told.template
+        yield Finding("eos-differs", "error", (own.label, source.label), what, {}, fix)
 
 
 def _in_words(finding: Finding) -> str:

@@ -7,16 +7,12 @@ from functools import cached_property
 from typing import Any
 
 from merge.tokens.render import render_apart
+from merge.tokens.vocabulary import LIKE_CONTROL
 
 SYSTEM = "probesystem"
 QUESTIONS = ("probequestionone", "probequestiontwo")
 ANSWERS = ("probeanswerone", "probeanswertwo")
 WORDS = (SYSTEM, *QUESTIONS, *ANSWERS)
-# what looks like a control token: <|name|>, [|name|], <name>, </name> and [NAME]; not <<SYS>>, which is none
-LIKE = re.compile(
-    r"<[|｜][^<>|｜\n]{1,64}[|｜]>|\[\|[^\[\]|\n]{1,64}\|\]"
-    r"|(?<!<)</?[A-Za-z][\w-]{0,63}>(?!>)|\[/?[A-Z][A-Z_]{0,63}\]"
-)
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,9 @@ class Dialogue:
     @cached_property
     def marks(self) -> tuple[str, ...]:
         """What looks like a control token and is no part of the messages; each once."""
-        found = (m.group() for text in (self.full, self.prompt) for m in LIKE.finditer(text))
+        found = (
+            m.group() for text in (self.full, self.prompt) for m in LIKE_CONTROL.finditer(text)
+        )
         return tuple(dict.fromkeys(found))
 
     @cached_property

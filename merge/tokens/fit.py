@@ -20,6 +20,17 @@ UNITED = "tokenizer:\n  source: base\n  specials: union\n"
 SHOWN = 3  # tokens told of in words
 
 
+def vocabulary_findings(vocabularies: Sequence[Vocabulary]) -> Iterator[Finding]:
+    """Where these vocabularies differ; ids are compared with those of the first that has tokens."""
+    having = [vocabulary for vocabulary in vocabularies if vocabulary.ids]
+    for vocabulary in having[1:]:
+        yield from token_findings(having[0], vocabulary)
+        yield from padding_difference(having[0], vocabulary)
+    yield from control_findings(vocabularies)
+    yield from eos_difference(vocabularies)
+    yield from template_difference(vocabularies)
+
+
 def token_findings(a: Vocabulary, b: Vocabulary) -> Iterator[Finding]:
     """Whether ids and pieces of text mean the same in both; both have tokens."""
     if a.tokenizer is b.tokenizer:
@@ -34,26 +45,28 @@ def token_findings(a: Vocabulary, b: Vocabulary) -> Iterator[Finding]:
         if ours != theirs:
             what = f"{name} in other ways: {_short(ours)} and {_short(theirs)} ({TOKENIZER})"
             yield Finding(code, "warning", (a.label, b.label), what, {key: [ours, theirs]})
-    if _merges(a) != _merges(b):
-        counts = [len(_merges(a)), len(_merges(b))]
+    if (ours := a.merges) != (theirs := b.merges):
+        counts = [len(ours), len(theirs)]
         what = f"pieces are put together in other ways: {counts[0]} and {counts[1]} merges ({TOKENIZER})"
         yield Finding("merges-differ", "warning", (a.label, b.label), what, {"merges": counts})
 
 
 def control_findings(vocabularies: Sequence[Vocabulary]) -> Iterator[Finding]:
     """Control tokens of one model's template that others cannot spell; a template is told of once."""
-    for lender in _lenders(vocabularies).values():
+    for owner in _with_templates(vocabularies).values():
         lacking = {
             other.label: missing
             for other in vocabularies
-            if other.ids and (missing := [t for t in control_tokens(lender) if t not in other.ids])
+            if other.ids and (missing := [t for t in control_tokens(owner) if t not in other.ids])
         }
         if lacking:
             texts = sorted({text for missing in lacking.values() for text in missing})
-            said = ", ".join(f"{text!r} ({lender.ids[text]})" for text in texts)
-            what = f"the chat template of {lender.label} writes {said}, unknown to {', '.join(lacking)}"
-            evidence = {"tokens": lacking, "file": lender.template_file}
-            models = (lender.label, *lacking)
+            said = ", ".join(f"{text!r} ({owner.ids[text]})" for text in texts)
+            what = (
+                f"the chat template of {owner.label} writes {said}, unknown to {', '.join(lacking)}"
+            )
+            evidence = {"tokens": lacking, "file": owner.template_file}
+            models = (owner.label, *lacking)
             yield Finding("control-token-missing", "error", models, what, evidence, UNITED)
 
 
@@ -89,19 +102,19 @@ def eos_difference(vocabularies: Sequence[Vocabulary]) -> Iterator[Finding]:
 
 def template_difference(vocabularies: Sequence[Vocabulary]) -> Iterator[Finding]:
     """A warning where only some models have a template: the result has it if they lend the files."""
-    lenders = _lenders(vocabularies)
+    first = _with_templates(vocabularies)
     without = [v.label for v in vocabularies if v.template is None]
-    if not lenders or len(lenders) + bool(without) == 1:
+    if not first or len(first) + bool(without) == 1:
         return
-    owners = [[v.label for v in vocabularies if _template(v) == template] for template in lenders]
+    owners = [[v.label for v in vocabularies if _template(v) == template] for template in first]
     said = [
-        f"{', '.join(labels)} ({lender.template_file})"
-        for labels, lender in zip(owners, lenders.values(), strict=True)
+        f"{', '.join(labels)} ({owner.template_file})"
+        for labels, owner in zip(owners, first.values(), strict=True)
     ]
     count = f"{len(said)} chat templates" if len(said) > 1 else "one chat template"
     what = f"{count}: {'; '.join(said)}" + (f"; none: {', '.join(without)}" if without else "")
-    fix = f"chat_template:\n  from: {quoted(f'model:{next(iter(lenders.values())).label}')}\n"
-    severity: Severity = "error" if len(lenders) > 1 else "warning"
+    fix = f"chat_template:\n  from: {quoted(f'model:{next(iter(first.values())).label}')}\n"
+    severity: Severity = "error" if len(first) > 1 else "warning"
     labels, evidence = tuple(v.label for v in vocabularies), {"with": owners, "without": without}
     yield Finding("template-differs", severity, labels, what, evidence, fix)
 
@@ -186,24 +199,18 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _merges(vocabulary: Vocabulary) -> list[Any]:
-    merges = vocabulary.tokenizer.get("model", {}).get("merges")
-    listed = merges if isinstance(merges, list) else []
-    return [pair.split(" ") if isinstance(pair, str) else pair for pair in listed]
-
-
 def _template(vocabulary: Vocabulary) -> str | None:
     """Without a line end at its end, which rendering drops."""
     return None if vocabulary.template is None else vocabulary.template.removesuffix("\n")
 
 
-def _lenders(vocabularies: Sequence[Vocabulary]) -> dict[str, Vocabulary]:
+def _with_templates(vocabularies: Sequence[Vocabulary]) -> dict[str, Vocabulary]:
     """The templates that there are, each with the first model that has it."""
-    lenders: dict[str, Vocabulary] = {}
+    first: dict[str, Vocabulary] = {}
     for vocabulary in vocabularies:
         if (template := _template(vocabulary)) is not None:
-            lenders.setdefault(template, vocabulary)
-    return lenders
+            first.setdefault(template, vocabulary)
+    return first
 
 
 def _stop_texts(vocabulary: Vocabulary) -> list[str]:
@@ -232,7 +239,7 @@ def _end(vocabulary: Vocabulary) -> str:
 def _stop_fix(told: Sequence[Vocabulary]) -> str:
     """The end as the model has it whose template is proposed; the others speak of theirs as that one. Where
     beginning and end are one token, a swap would make the end the beginning: a copy."""
-    eos = _end(next(iter(_lenders(told).values()), told[0]))
+    eos = _end(next(iter(_with_templates(told).values()), told[0]))
     unify: dict[tuple[str, str], list[str]] = {}
     for v in told:
         if (own := _end(v)) != eos:

@@ -95,9 +95,9 @@ def _grown_bpe(
 
 
 def _merges(vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
-    merges = vocabulary.tokenizer["model"].get("merges") or []
-    for merge in merges if isinstance(merges, list) else [merges]:
-        match merge.split(" ") if isinstance(merge, str) else merge:
+    """Raises PlanError for what is no pair."""
+    for merge in vocabulary.merges:
+        match merge:
             case [str(left), str(right)]:
                 yield left, right
             case _:

@@ -13,19 +13,20 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from merge.anatomy import embedding_and_head
 from merge.numerics import STORAGE, first_nonfinite, grains
 from merge.sources.model import Model
 from merge.tokens.findings import Finding, Severity
 from merge.tokens.meaning import BYTE
 from merge.tokens.vocabulary import Vocabulary
-from merge.tokens.wholeness import control_tokens, said_tied, token_tensors
+from merge.tokens.wholeness import control_tokens, said_tied
 
 SHOWN = 3  # rows told of in words
 
 
 def row_findings(model: Model, vocabulary: Vocabulary) -> Iterator[Finding]:
     """What is wrong with the rows of `model`, read by grains; 8 bytes a row are kept."""
-    embedding, head = token_tensors(model.config, model.source.tensors)
+    embedding, head = embedding_and_head(model.source.tensors)
     hashes = {}
     for name in filter(None, (embedding, head)):
         hashes[name], zero, bad = _looked_at(model, name)

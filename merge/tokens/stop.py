@@ -20,6 +20,7 @@ from merge.tokens.vocabulary import (
     Vocabulary,
     json_bytes,
     listed_ids,
+    token_text,
     verbatim_settings,
 )
 
@@ -176,7 +177,7 @@ def _generation(result: Vocabulary, ids: Sequence[int]) -> Mapping[str, Any]:
 def _settings(result: Vocabulary, token: AddedToken) -> Mapping[str, Any]:
     settings = result.settings
     new = dict(settings)
-    if _content(settings.get("eos_token")) != token.text:
+    if token_text(settings.get("eos_token")) != token.text:
         new["eos_token"] = token.text
     table = settings.get("added_tokens_decoder")
     if isinstance(table, dict):
@@ -189,13 +190,9 @@ def _settings(result: Vocabulary, token: AddedToken) -> Mapping[str, Any]:
 def _specials(specials: Mapping[str, Any], token: AddedToken) -> Mapping[str, Any]:
     """The text, or a table with the token's flags, as it was."""
     old = specials.get("eos_token")
-    if _content(old) == token.text:
+    if token_text(old) == token.text:
         return specials
     return {**specials, "eos_token": _flags(token) if isinstance(old, dict) else token.text}
-
-
-def _content(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def _flags(token: AddedToken) -> dict[str, Any]:

@@ -68,8 +68,7 @@ def _without(vocabulary: Vocabulary, ids: frozenset[int]) -> dict[str, Any]:
     if model.get("unk_token") in gone:
         model["unk_token"] = None
     if gone and "merges" in model:
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [[a, b] for a, b in pairs if not gone & {a, b, a + b}]
+        model["merges"] = [[a, b] for a, b in vocabulary.merges if not gone & {a, b, a + b}]
         model["ignore_merges"] = False
     return BARE | {"model": model}
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from merge.agreement import vocabulary_difference
-from merge.anatomy import vocabulary_tensors
 from merge.errors import PlanError
 from merge.lines import nearest
 from merge.lineup import Lineup
@@ -19,6 +17,7 @@ from merge.tokens.stop import stopped
 from merge.tokens.surgery import RowSource, Surgery
 from merge.tokens.templates import templated
 from merge.tokens.union import LARGEST, first_difference, unite
+from merge.tokens.vocabularies import Vocabularies
 from merge.tokens.vocabulary import (
     CONFIG,
     GENERATION,
@@ -36,57 +35,58 @@ from merge.tokens.wholeness import said_tied
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def wants_surgery(lineup: Lineup) -> bool:
+def wants_surgery(lineup: Lineup, vocabularies: Vocabularies) -> bool:
     """Whether tokens differ, or the recipe changes something about them."""
     sections, section = lineup.recipe.sections, lineup.recipe.sections.tokens
-    if sections.stop or sections.chat_template or lineup.recipe.lender:
+    if sections.stop or sections.chat_template or lineup.recipe.outside_source:
         return True
     if section != TokenizerSection(source=section.source):
         return True
-    donor, models = lineup.models[lineup.donor], [lineup.models[i] for i in lineup.merged]
-    files = [model_files(model.folder, model.adapters) for model in models]
+    donor = lineup.models[lineup.donor]
     own = model_files(donor.folder, donor.adapters)
     if any(place.parent != donor.folder for place in own.values()):
         return True  # an adapter's files are not those that would be carried over
-    counted = {rows_of(model) for model, own in zip(models, files, strict=True) if TOKENIZER in own}
-    if len(counted - {None}) > 1:
+    models = [lineup.models[i] for i in lineup.merged]
+    having = [model for model in models if TOKENIZER in vocabularies.beside(model).files]
+    if len({vocabularies.beside(model).rows for model in having} - {None}) > 1:
         return True
-    places = list(dict.fromkeys(f[TOKENIZER] for f in files if TOKENIZER in f))
-    return any(vocabulary_difference(places[0], place) for place in places[1:])
+    return any(vocabularies.difference(having[0], model) for model in having[1:])
 
 
-def plan_surgery(lineup: Lineup, config: Mapping[str, Any]) -> Surgery:
+def plan_surgery(lineup: Lineup, config: Mapping[str, Any], vocabularies: Vocabularies) -> Surgery:
     """What the recipe wants of the tokens of models that may differ in theirs; raises PlanError.
 
     config: config.json of the result but for what is about tokens.
     """
-    return _Surgeon(lineup, config).surgery()
+    return _Surgeon(lineup, config, vocabularies).surgery()
 
 
 class _Surgeon:
-    """Holds the vocabularies of the models that are merged, and of the one that lends the result's."""
+    """Holds the vocabularies of the models that are merged, and of the source, whose ids the result keeps."""
 
-    def __init__(self, lineup: Lineup, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, lineup: Lineup, config: Mapping[str, Any], vocabularies: Vocabularies
+    ) -> None:
         self.lineup, self.config = lineup, config
         sections = lineup.recipe.sections
-        specials = sections.tokens.specials or ("base" if lineup.recipe.lender else "union")
+        specials = sections.tokens.specials or ("base" if lineup.recipe.outside_source else "union")
         self.section = sections.tokens.model_copy(update={"specials": specials})
         self.where = lineup.recipe.where(*(["tokenizer"] if sections.tokenizer else []))
-        self.lender = self._lender()
-        others = [i for i in lineup.merged if i != self.lender]
-        self.vocabularies = {i: self._vocabulary(i) for i in [self.lender, *others]}
+        self.source = self._source()
+        others = [i for i in lineup.merged if i != self.source]
+        self.vocabularies = {i: self._vocabulary(vocabularies, i) for i in [self.source, *others]}
         if not (sections.tokenizer or sections.tokenizer_source):
             self._check_unsaid()
 
     def surgery(self) -> Surgery:
-        lender = self.vocabularies[self.lender]
-        others = [i for i in self.vocabularies if i != self.lender]
-        united = unite(lender, [self.vocabularies[i] for i in others], self.section, self.where)
-        before = rows_of(self.donor) if self.lender == self.lineup.donor else 0
+        source = self.vocabularies[self.source]
+        others = [i for i in self.vocabularies if i != self.source]
+        united = unite(source, [self.vocabularies[i] for i in others], self.section, self.where)
+        before = source.rows if self.source == self.lineup.donor else 0
         rows = row_count(self.section, united.size, before or 0, self.where)
         files = self._lent() | united.files | {CONFIG: json_bytes(self._config(rows))}
         result = self._ended(files, rows)
-        ids = dict(zip([self.lender, *others], united.maps, strict=True))
+        ids = dict(zip([self.source, *others], united.maps, strict=True))
         given = _Given(self.lineup.recipe.labels, self.lineup.index, self.vocabularies, self.where)
         changed: dict[str, Path | bytes | None] = dict.fromkeys(self._foreign(result.files), None)
         changed |= {
@@ -95,20 +95,28 @@ class _Surgeon:
             if n != CONFIG and not _is_donors(n, c, self.donor)
         }
         return Surgery(
-            changed, result.config, result, rows, self._maps(ids, result, rows),
-            given.read(self.section, result), self.section,
-            self.vocabularies, self.lender, result.config != self.config, self._free(result),
-            united.notes,
-        )  # fmt: skip
+            files=changed,
+            config=result.config,
+            vocabulary=result,
+            rows=rows,
+            maps=self._maps(ids, result, rows),
+            given=given.read(self.section, result),
+            section=self.section,
+            vocabularies=self.vocabularies,
+            source=self.source,
+            reconfigured=result.config != self.config,
+            free=self._free(result),
+            notes=(*united.notes, *self._stale(united.files)),
+        )
 
     def _check_unsaid(self) -> None:
         """Raises PlanError where pieces differ, and the recipe does not say whose the result gets."""
-        lender = self.vocabularies[self.lender]
+        source = self.vocabularies[self.source]
         for other in self.vocabularies.values():
-            if dict(other.pieces) != dict(lender.pieces):
+            if dict(other.pieces) != dict(source.pieces):
                 raise PlanError(
-                    f"{other.label}: its tokenizer is not that of {lender.label}: "
-                    f"{first_difference(lender, other)}; say whose the result gets, as "
+                    f"{other.label}: its tokenizer is not that of {source.label}: "
+                    f"{first_difference(source, other)}; say whose the result gets, as "
                     "tokenizer: {source: base}, or union, or a model"
                 )
 
@@ -116,17 +124,15 @@ class _Surgeon:
     def donor(self) -> Model:
         return self.lineup.models[self.lineup.donor]
 
-    def _lender(self) -> int:
+    def _source(self) -> int:
         """The model whose ids are kept."""
-        outside = self.lineup.recipe.lender
+        outside = self.lineup.recipe.outside_source
         return self.lineup.donor if outside is None else self.lineup.index[outside]
 
-    def _vocabulary(self, index: int) -> Vocabulary:
+    def _vocabulary(self, vocabularies: Vocabularies, index: int) -> Vocabulary:
         model = self.lineup.models[index]
-        found = read_vocabulary(
-            model.label, model_files(model.folder, model.adapters), rows_of(model)
-        )
-        if found is None:
+        found = vocabularies.of(model)
+        if TOKENIZER not in found.files:
             raise PlanError(
                 f"{model.label}: has no tokenizer.json, which says what its rows stand for; make one with "
                 "transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) beside the model"
@@ -136,11 +142,11 @@ class _Surgeon:
     # -- files and config --------------------------------------------------------------------------
 
     def _lent(self) -> dict[str, Path | bytes]:
-        """The lender's files about tokens, and the donor's generation_config.json with the lender's ids."""
-        files: dict[str, Path | bytes] = dict(self.vocabularies[self.lender].files)
-        if self.lender == self.lineup.donor:
+        """The source's files about tokens, and the donor's generation_config.json with the source's ids."""
+        files: dict[str, Path | bytes] = dict(self.vocabularies[self.source].files)
+        if self.source == self.lineup.donor:
             return files
-        generation = _generation(self.donor, self.vocabularies[self.lender])
+        generation = _generation(self.donor, self.vocabularies[self.source])
         files.pop(GENERATION, None)
         return files | ({GENERATION: generation} if generation else {})
 
@@ -153,10 +159,10 @@ class _Surgeon:
         ]
 
     def _config(self, rows: int) -> dict[str, Any]:
-        """The result's config.json with the number of rows, and the lender's ids of bos, eos and pad."""
+        """The result's config.json with the number of rows, and the source's ids of bos, eos and pad."""
         changes: dict[str, Any] = {"vocab_size": rows}
-        if self.lender != self.lineup.donor:
-            lent = self.lineup.models[self.lender].config
+        if self.source != self.lineup.donor:
+            lent = self.lineup.models[self.source].config
             changes |= {k: text_config(lent).get(k, lent.get(k)) for k in IDS}
         return changed_config(self.config, changes)
 
@@ -170,7 +176,7 @@ class _Surgeon:
             result = self._read({**result.files, **edits}, rows)
         if template := recipe.sections.chat_template:
             template = self._resolved(template)
-            known = [*self.lineup.merged, *({self.lender} - {*self.lineup.merged})]
+            known = [*self.lineup.merged, *({self.source} - {*self.lineup.merged})]
             named = {self.vocabularies[i].label: self.vocabularies[i] for i in known}
             place, beside = recipe.where("chat_template"), Path(recipe.file).parent
             changes = templated(result, named, template, place, beside)
@@ -187,13 +193,11 @@ class _Surgeon:
         return section.model_copy(update={"from_": f"model:{label}"})
 
     def _stale(self, files: Files) -> list[str]:
-        """A note where files of older tokenizers do not know the appended tokens."""
-        old = [name for name in SLOW if name in self.vocabularies[self.lender].files]
+        """A note where files of older tokenizers do not know the new tokens."""
+        old = [name for name in SLOW if name in self.vocabularies[self.source].files]
         if TOKENIZER not in files or not old:
             return []
-        return [
-            f"tokenizer.json has the appended tokens; {', '.join(old)} beside it are as they were"
-        ]
+        return [f"tokenizer.json has new tokens; {', '.join(old)} beside it are as they were"]
 
     def _read(self, files: Files, rows: int) -> Vocabulary:
         found = read_vocabulary("the result", files, rows)
@@ -236,13 +240,6 @@ def _is_donors(name: str, content: Path | bytes, donor: Model) -> bool:
     if isinstance(content, Path):
         return content == file
     return file.is_file() and file.read_bytes() == content
-
-
-def rows_of(model: Model) -> int | None:
-    """Rows of the embedding."""
-    shapes = {name: info.shape for name, info in model.source.tensors.items()}
-    found = vocabulary_tensors(model.config, shapes)
-    return shapes[next(iter(found))][0] if found else None
 
 
 def row_map(ids: Numbers, source: Vocabulary, own: Vocabulary, rows: int, own_rows: int) -> Numbers:
@@ -313,14 +310,14 @@ def row_count(section: TokenizerSection, size: int, before: int, where: str) -> 
     return -(-rows // step) * step
 
 
-def _generation(donor: Model, lender: Vocabulary) -> bytes | None:
+def _generation(donor: Model, source: Vocabulary) -> bytes | None:
     """The donor's generation_config.json with the ids of a vocabulary that another model lends."""
     file = donor.folder / GENERATION
     table = read_json(file) if file.is_file() else {}
-    told = lender.generation or {k: v for k, v in lender.config.items() if k in IDS}
+    told = source.generation or {k: v for k, v in source.config.items() if k in IDS}
     ids = {key: told[key] for key in IDS if told.get(key) is not None}
     kept = {key: value for key, value in table.items() if key not in IDS}
-    return json_bytes(kept | ids) if table or lender.generation else None
+    return json_bytes(kept | ids) if table or source.generation else None
 
 
 @dataclass

@@ -39,9 +39,9 @@ class Surgery:
     """`files` of the result beside its tensors, where they are not the donor's (None: there is none);
     `config`: its config.json. `rows`: of its embedding. `maps`: by the number of a model, [rows]: its own
     row of each token, -1 where it has none. `given`: for "embed" and "head", rows that the recipe says where
-    to take from. `vocabularies`: of the models, by their numbers; `lender`: the one whose
-    vocabulary it is. `reconfigured`: config.json is not
-    the donor's. `free`: tokens that may have no row in any model."""
+    to take from. `vocabularies`: of the models, by their numbers; `source`: the model
+    whose ids it keeps. `reconfigured`: config.json is not the donor's. `free`: tokens that may have no row in
+    any model."""
 
     files: Mapping[str, Path | bytes | None]
     config: Mapping[str, Any]
@@ -51,7 +51,7 @@ class Surgery:
     given: Mapping[str, Mapping[int, RowSource]]
     section: TokenizerSection
     vocabularies: Mapping[int, Vocabulary]
-    lender: int
+    source: int
     reconfigured: bool
     free: frozenset[int]
     notes: tuple[str, ...] = ()

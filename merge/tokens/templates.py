@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from merge.errors import PlanError, SourceError
 from merge.lines import nearest
-from merge.tokens.dialogue import LIKE, Dialogue, probed
+from merge.tokens.dialogue import Dialogue, probed
 from merge.tokens.findings import Finding
 from merge.tokens.library import library_errors, read_tokenizer
-from merge.tokens.render import LONGEST, render_apart
+from merge.tokens.render import LONGEST
 from merge.tokens.sections import TemplateSection
 from merge.tokens.vocabulary import (
+    LIKE_CONTROL,
     NAMES,
     OF_PROCESSORS,
     SETTINGS,
@@ -72,22 +73,6 @@ def templated(
     if problems:
         raise PlanError(f"{where}: {problems[0]}")
     return {}
-
-
-def rendered(
-    vocabulary: Vocabulary, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool
-) -> str:
-    """The text that the template of `vocabulary` makes of `messages`, as transformers does.
-
-    The date is always the same one. Raises SourceError where there is no template, or where it raises."""
-    if vocabulary.template is None:
-        raise SourceError(f"{vocabulary.label}: it has no chat template")
-    chat = {"messages": list(messages), "generation_prompt": generation_prompt}
-    told = render_apart(vocabulary.template, _names(vocabulary), [chat])[0]
-    if "error" in told:
-        place = f"the chat template in {vocabulary.template_file}"
-        raise SourceError(f"{vocabulary.label}: {place} fails: {told['error']}")
-    return told["text"]
 
 
 def template_findings(vocabulary: Vocabulary) -> list[Finding]:
@@ -152,8 +137,7 @@ def _choices(
 
 def _of(vocabulary: Vocabulary, told: str) -> _Choice:
     """What its own vocabulary has as control tokens it must have as such."""
-    control = (t.text for t in vocabulary.added if t.special or LIKE.fullmatch(t.text))
-    return _Choice(vocabulary.template or "", told, frozenset(control))
+    return _Choice(vocabulary.template or "", told, frozenset(vocabulary.control))
 
 
 def _of_model(parents: Mapping[str, Vocabulary], name: str, where: str) -> _Choice:
@@ -278,7 +262,7 @@ def _unspellable(vocabulary: Vocabulary, dialogues: Sequence[Dialogue]) -> tuple
     by design, as "[INST]" is to Llama 2 and "<|user|>" to Zephyr, whose answers end in eos."""
     marks = dict.fromkeys(mark for dialogue in dialogues for mark in dialogue.marks)
     spelled = _spelled(vocabulary)
-    ends = {m.group() for d in dialogues if (m := LIKE.match(d.tails[-1]))}
+    ends = {m.group() for d in dialogues if (m := LIKE_CONTROL.match(d.tails[-1]))}
     roles = set(_names(vocabulary).values())  # bos and eos are tokens with every template
     meant = {_kind(mark) for mark in marks if mark in spelled - roles}
     if not _stops(vocabulary, dialogues):
@@ -339,7 +323,7 @@ def _never_stops(vocabulary: Vocabulary, dialogue: Dialogue) -> Iterator[Finding
 def _first_control(vocabulary: Vocabulary, tail: str) -> str:
     """The token, or what looks like one, that `tail` starts with; "" where it is text."""
     tokens = [text for text in _spelled(vocabulary) if text and tail.startswith(text)]
-    match = LIKE.match(tail)
+    match = LIKE_CONTROL.match(tail)
     return max(tokens, key=len) if tokens else match.group() if match else ""
 
 
@@ -349,7 +333,9 @@ def _prompt_differs(vocabulary: Vocabulary, dialogue: Dialogue) -> Iterator[Find
     if between is None:
         what = "the generation prompt of the chat template is not how an answer starts in it"
         yield _finding(vocabulary, code, "warning", what, prompt=dialogue.prompt[-80:])
-    elif lacking := [m.group() for m in LIKE.finditer(between) if m.group() in dialogue.prompt]:
+        return
+    marks = (m.group() for m in LIKE_CONTROL.finditer(between))
+    if lacking := [mark for mark in marks if mark in dialogue.prompt]:
         what = f"the generation prompt lacks {lacking[0]!r}, with which answers start in the chat template"
         yield _finding(vocabulary, code, "warning", what, lacks=between[:80])
 

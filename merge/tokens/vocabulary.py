@@ -1,8 +1,9 @@
 """What the files of a model say about its tokens, read as data: nothing is loaded, nothing is run."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ LARGEST = 256 << 20  # bytes of one of these files
 TOKEN_FILES = (
     *(TOKENIZER, SETTINGS, SPECIALS, ADDED, TEMPLATE, OF_PROCESSORS),
     *SLOW,
+)
+# what looks like a control token: <|name|>, [|name|], <name>, </name> and [NAME]; not <<SYS>>, which is none
+LIKE_CONTROL = re.compile(
+    r"<[|｜][^<>|｜\n]{1,64}[|｜]>|\[\|[^\[\]|\n]{1,64}\|\]"
+    r"|(?<!<)</?[A-Za-z][\w-]{0,63}>(?!>)|\[/?[A-Z][A-Z_]{0,63}\]"
 )
 PARSED = 28  # bytes of memory for each byte of a tokenizer.json that is read; 24 measured, of 262 k tokens
 Files = Mapping[str, Path | bytes]  # by their names inside the folder
@@ -112,11 +118,22 @@ class Vocabulary:
         special_tokens_map.json overrides it where there is no added_tokens_decoder."""
         stale = self.specials is not None and "added_tokens_decoder" not in self.settings
         for table in [self.specials or {}] * stale + [self.settings, self.specials or {}]:
-            value = table.get(name)
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
+            if (text := token_text(table.get(name))) is not None:
                 return text
         return None
+
+    @property
+    def control(self) -> tuple[str, ...]:
+        """Texts of the added tokens that control something: special ones, and those that are spelt so. Spaces
+        and line ends are text, even where they are added tokens."""
+        return tuple(t.text for t in self.added if t.special or LIKE_CONTROL.fullmatch(t.text))
+
+    @property
+    def merges(self) -> list[Any]:
+        """Pairs of pieces of a BPE tokenizer, however a file spells them; what is no pair stays as it is."""
+        told = self.tokenizer.get("model", {}).get("merges") or []
+        listed = told if isinstance(told, list) else [told]
+        return [merge.split(" ") if isinstance(merge, str) else merge for merge in listed]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -132,14 +149,31 @@ class Vocabulary:
 
 def read_vocabulary(label: str, files: Files, rows: int | None = None) -> Vocabulary | None:
     """What `files` say; None without a tokenizer.json. Raises SourceError where one is damaged."""
-    if TOKENIZER not in files:
-        return None
+    return with_tokenizer(read_beside(label, files, rows)) if TOKENIZER in files else None
+
+
+def read_beside(label: str, files: Files, rows: int | None = None) -> Vocabulary:
+    """What `files` say but for tokenizer.json. Raises SourceError where one is damaged."""
     settings = _table(label, files, SETTINGS) or {}
     template, place = _template(label, files, settings)
-    found = Vocabulary(
-        label, files, _table(label, files, TOKENIZER) or {}, settings, _table(label, files, SPECIALS),
-        _table(label, files, GENERATION), _table(label, files, CONFIG) or {}, template, place, rows,
-    )  # fmt: skip
+    return Vocabulary(
+        label=label,
+        files=files,
+        tokenizer={},
+        settings=settings,
+        specials=_table(label, files, SPECIALS),
+        generation=_table(label, files, GENERATION),
+        config=_table(label, files, CONFIG) or {},
+        template=template,
+        template_file=place,
+        rows=rows,
+    )
+
+
+def with_tokenizer(beside: Vocabulary) -> Vocabulary:
+    """With what its tokenizer.json says, where it has one. Raises SourceError where that is damaged."""
+    table = _table(beside.label, beside.files, TOKENIZER) or {}
+    found = replace(beside, tokenizer=table)
     _check(found)
     return found
 
@@ -236,6 +270,12 @@ def _check(found: Vocabulary) -> None:
         raise SourceError(
             f"{found.label}: {TOKENIZER} is no tokenizer: its tokens are texts with ids"
         )
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a token, which files tell by itself or in a table with its flags."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def listed_ids(value: Any) -> tuple[int, ...]:

@@ -1,12 +1,11 @@
 """Is one folder whole? What its files say about tokens, against each other and against its tensors."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from merge.anatomy import EMBEDDING, HEAD, NUMBER, layer_of, modules
+from merge.anatomy import NUMBER, embedding_and_head
 from merge.sources import TensorInfo
 from merge.sources.model import text_config
 from merge.tokens.findings import Finding, Severity
@@ -18,9 +17,9 @@ from merge.tokens.vocabulary import (
     SPECIALS,
     TOKENIZER,
     Vocabulary,
+    token_text,
 )
 
-LIKE = re.compile(r"[<\[].+[>\]]")  # how control tokens are spelt
 WITH_HEAD = ("ForCausalLM", "LMHeadModel")  # architectures that cannot do without
 
 
@@ -39,28 +38,10 @@ def file_findings(
         yield from _tying(vocabulary, tensors)
 
 
-def token_tensors(
-    config: Mapping[str, Any], names: Mapping[str, Any]
-) -> tuple[str | None, str | None]:
-    """The text model's input embedding and its output head, None where it has none of its own."""
-    parts = modules(names, config)
-    text = [
-        name
-        for part in ("default", "text_decoder", "shared", "decoder")
-        if part in parts
-        for name in parts[part].names
-        if not layer_of(name)
-    ]
-    embedding = next((name for name in text if EMBEDDING.search(name)), None)
-    return embedding, next((name for name in text if HEAD.search(name)), None)
-
-
 def control_tokens(vocabulary: Vocabulary) -> list[str]:
-    """The added tokens that the chat template writes. Spaces and line ends are text, even where they are
-    added tokens."""
+    """The control tokens that the chat template writes."""
     template = vocabulary.template or ""
-    meant = (t.text for t in vocabulary.added if t.special or LIKE.fullmatch(t.text))
-    return sorted({text for text in meant if text in template})
+    return sorted({text for text in vocabulary.control if text in template})
 
 
 def eos_places(vocabulary: Vocabulary) -> dict[str, tuple[int, ...]]:
@@ -135,7 +116,7 @@ def _eos_text(vocabulary: Vocabulary) -> str | None:
     """eos_token of tokenizer_config.json, or of special_tokens_map.json where that has none; whether
     the two agree is another question."""
     files = (vocabulary.settings, vocabulary.specials or {})
-    texts = (_content(file.get("eos_token")) for file in files)
+    texts = (token_text(file.get("eos_token")) for file in files)
     return next((text for text in texts if text is not None), None)
 
 
@@ -189,7 +170,7 @@ def tables(value: Any) -> list[Mapping[str, Any]]:
 def _stale_map(vocabulary: Vocabulary) -> Iterator[Finding]:
     """An error where the map is what counts (see Vocabulary.named)."""
     files = (vocabulary.settings, vocabulary.specials or {})
-    both = {name: tuple(_content(file.get(name)) for file in files) for name in NAMES}
+    both = {name: tuple(token_text(file.get(name)) for file in files) for name in NAMES}
     stale = {n: texts for n, texts in both.items() if None not in texts and texts[0] != texts[1]}
     if not stale:
         return
@@ -200,11 +181,6 @@ def _stale_map(vocabulary: Vocabulary) -> Iterator[Finding]:
     fix = stop_lines(text) if text else ""
     severity: Severity = "error" if counts else "warning"
     yield Finding("stale-special-tokens-map", severity, (vocabulary.label,), what, stale, fix)
-
-
-def _content(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def _moved_ids(vocabulary: Vocabulary) -> Iterator[Finding]:
@@ -226,7 +202,7 @@ def _moved_ids(vocabulary: Vocabulary) -> Iterator[Finding]:
 def _decoder(vocabulary: Vocabulary) -> Iterator[Finding]:
     """added_tokens_decoder repeats the added tokens; transformers adds those that it finds there alone."""
     told = {
-        i: _content(token)
+        i: token_text(token)
         for table in tables(vocabulary.settings.get("added_tokens_decoder"))
         for i, token in table.items()
     }
@@ -253,7 +229,7 @@ def _beyond_rows(
     vocabulary: Vocabulary, tensors: Mapping[str, TensorInfo] | None
 ) -> Iterator[Finding]:
     told = vocabulary_size(vocabulary.config)
-    names = token_tensors(vocabulary.config, tensors or {})
+    names = embedding_and_head(tensors or {})
     stored = {name: tensors[name].rows for name in names if name and tensors}
     rows = min([*stored.values()] or [vocabulary.rows or told or vocabulary.size])
     if beyond := sorted(i for i in vocabulary.texts if i >= rows):
@@ -269,7 +245,7 @@ def _beyond_rows(
 
 def _tying(vocabulary: Vocabulary, tensors: Mapping[str, TensorInfo]) -> Iterator[Finding]:
     """As far as headers tell; an untied head must be stored where the architecture has one."""
-    embedding, head = token_tensors(vocabulary.config, tensors)
+    embedding, head = embedding_and_head(tensors)
     tied = said_tied(vocabulary.config)
     kind = "".join(_texts(vocabulary.config.get("architectures"))[:1])
     what = ""

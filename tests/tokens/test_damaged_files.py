@@ -17,6 +17,7 @@ from merge.errors import SourceError
 from merge.shipped import shipped
 from merge.sources.opening import open_model
 from merge.tokens import doctor
+from merge.tokens.vocabularies import Vocabularies
 from merge.tokens.vocabulary import read_vocabulary
 
 JUNK = (None, [], {}, "", "x", -1, 1 << 40, 0.5, True, [None], [[1]], {"x": None}, {"id": {}})
@@ -78,8 +79,8 @@ def test_any_value_in_any_place_is_told_or_refused(
     with suppress(SourceError):
         vocabulary = read_vocabulary("other", files, 69)
         assert vocabulary is not None
-        found = doctor._within(model, vocabulary, rows=True)
-        found += doctor._between([base, model], [doctor.vocabulary_of(base), vocabulary])
+        found = doctor._within(model, vocabulary)
+        found += doctor._between([base, model], [Vocabularies().of(base), vocabulary])
         doctor.recipe_lines(found)
 
 
@@ -118,4 +119,4 @@ def test_a_template_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(SourceError, match=r"chat_template\.jinja is not text"):
-        doctor.examined(open_model(str(tmp_path)))
+        doctor.diagnosed([open_model(str(tmp_path))], load=False)
