@@ -21,7 +21,7 @@ from merge.sources.model import Model
 from merge.tokens.filling import Filling
 from merge.tokens.surgery import Retold
 
-FORMAT = 2  # of plan digests and provenance files; changes when the same recipe gives other bytes
+FORMAT = 3  # of plan digests and provenance files; changes when the same recipe gives other bytes
 
 
 @dataclass(frozen=True)

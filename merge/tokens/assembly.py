@@ -82,6 +82,7 @@ class _Rows:
     def __init__(self, assembly: Assembly, step: Step, kind: str) -> None:
         self.assembly, self.plain, self.kind = assembly, step, kind
         self.surgery, self.lineup = assembly.surgery, assembly.lineup
+        self.means: dict[int, Computed] = {}
         self.shape = (self.surgery.rows, *step.shape[1:])
         self.own = {operand.model: self._own(operand) for operand in step.inputs}
 
@@ -148,8 +149,8 @@ class _Rows:
             own.take(at, self._stored(lender), np.array([source.row]))
         else:
             stored = self._stored(own.operand)
-            computed = _mean(stored) if source.how == "mean" else _zero(stored)
-            own.take(at, computed, at)
+            mean = source.how == "mean"
+            own.take(at, self._mean(own.operand) if mean else _zero(stored), at)
 
     def _fill(self, own: _Own) -> None:
         """Rows of tokens that the model does not have, as the recipe wants them."""
@@ -160,7 +161,7 @@ class _Rows:
         if how == "base":
             self._from_base(own, missing)
         elif own.operand.info.cols == 1:  # a bias is no row of a space
-            own.take(missing, _mean(self._stored(own.operand)), missing)
+            own.take(missing, self._mean(own.operand), missing)
         elif how in ("mean", "subword"):
             self._take(
                 own, Filling(how, self._space(own.operand), None, missing, self.assembly.meanings)
@@ -183,7 +184,7 @@ class _Rows:
             self._take(own, Filling(how, space, donor, there, self.assembly.meanings))
 
     def _take(self, own: _Own, filling: Filling) -> None:
-        if not filling.anchored:
+        if not filling.ordinary.size:
             raise PlanError(
                 f"{filling.own.label}: has no ordinary token of the result, from which rows of others could "
                 "be made"
@@ -197,6 +198,16 @@ class _Rows:
             self.surgery.vocabularies[operand.model],
         )
         return Space(model.public_name, self._stored(operand), self._map(operand), vocabulary)
+
+    def _mean(self, operand: Operand) -> Computed:
+        """The mean row of the model's ordinary tokens that the result has; without any, of all its rows."""
+        if operand.model not in self.means:
+            nothing = np.empty(0, np.int64)
+            meanings = self.assembly.meanings
+            ids = Filling("mean", self._space(operand), None, nothing, meanings).ordinary
+            ids = ids if ids.size else np.arange(operand.info.rows)
+            self.means[operand.model] = _averaged_rows(self._stored(operand), ids)
+        return self.means[operand.model]
 
     def _from_base(self, own: _Own, missing: Numbers) -> None:
         base = self.lineup.base
@@ -258,7 +269,7 @@ class _Rows:
         rest = rows[own.part[rows] < 0]
         self._refuse_unowned(rest)
         if rest.size:
-            own.take(rest, _mean(self._stored(first.operand)), rest)
+            own.take(rest, self._mean(first.operand), rest)
         return self._viewed(own, rows)
 
     def _refuse_unowned(self, rows: Numbers) -> None:
@@ -309,16 +320,16 @@ class _Rows:
         return Step(plain.name, shape, plain.dtype, linear, operands, None, how, False)
 
 
-def _mean(stored: Stored) -> Computed:
-    """The mean of all rows of a tensor, found when it is first asked for."""
-    info, lock = stored.info, threading.Lock()
-    found = cache(lambda: mean_row(stored.float_rows, np.arange(info.rows), info.cols))
+def _averaged_rows(stored: Stored, ids: Numbers) -> Computed:
+    """The mean of the rows `ids`, found when it is first asked for."""
+    cols, lock = stored.info.cols, threading.Lock()
+    found = cache(lambda: mean_row(stored.float_rows, ids, cols))
 
     def rows(numbers: Numbers) -> Array:
         with lock:
-            return np.broadcast_to(found(), (len(numbers), info.cols))
+            return np.broadcast_to(found(), (len(numbers), cols))
 
-    return Computed(rows, held=8 * info.cols)
+    return Computed(rows, held=8 * cols + ids.nbytes)
 
 
 def _zero(stored: Stored) -> Computed:

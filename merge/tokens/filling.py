@@ -58,9 +58,9 @@ class Filling:
         return Computed(self._rows, lambda rows: 20 * rows * self.own.cols, self._memory + kept)
 
     @property
-    def anchored(self) -> bool:
-        """Whether there are tokens to learn from."""
-        return len(self._anchors) > 0
+    def ordinary(self) -> Ids:
+        """The model's own rows that others are made from, or are the mean of."""
+        return self._anchors.own
 
     def report(self) -> dict[str, Any]:
         """What was made how, and the relative error of rows that are made so for tokens that the model has

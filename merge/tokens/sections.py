@@ -14,8 +14,8 @@ Missing = Literal["owners", "base", "mean", "subword", "omp", "procrustes"]
 
 class TokenSection(Strict):
     """One token of the result. `embed`, `head`: where its row comes from: `model:NAME` (that model's own
-    row of it), `model:NAME:TEXT` (its row of another token), `mean` (of all rows) or `zero`; None: as for any
-    token.
+    row of it), `model:NAME:TEXT` (its row of another token), `mean` (of its ordinary tokens, as with
+    `missing: mean`) or `zero`; None: as for any token.
 
     apply: to models that lack the token, or (always) to all. `special`: as it is flagged where it is new.
     """
