@@ -106,7 +106,7 @@ class Filling:
         """Bytes that fitting takes."""
         if self.how == "omp" and self.donor:
             count, cols = len(self._anchors), self.donor.cols
-            return least_memory(count, cols, Pursuit(), 1) + min(HELD, 4 * cols * count)
+            return least_memory(count, cols, Pursuit()) + min(HELD, 4 * cols * count)
         if self.how == "procrustes" and self.donor:
             return fitting_memory(self.donor.cols, self.own.cols)
         return 0

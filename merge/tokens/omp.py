@@ -9,9 +9,7 @@ sum that only just comes to x cancels rows that do not cancel in the model.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -66,14 +64,13 @@ def omp(
     *,
     how: Pursuit = Pursuit(),
     memory: int,
-    threads: int = 1,
 ) -> Combination:
     """The donor's rows `wanted` as sums of its shared rows, told by the model's own row numbers.
 
     donor: rows of `cols` values. memory: bytes, at least least_memory; with more the shared rows are read
-    less often. The same bits for any memory and number of threads. Raises PlanError for too little memory.
+    less often. The same bits for any memory. Raises PlanError for too little memory.
     """
-    spare = memory - least_memory(len(shared), cols, how, threads)
+    spare = memory - least_memory(len(shared), cols, how)
     if spare < 0:
         raise PlanError(
             f"matching pursuit in rows of {cols} takes {(memory - spare) >> 20} MiB, {memory >> 20} MiB are "
@@ -82,24 +79,22 @@ def omp(
     space, spare = _space(donor, shared, cols, spare)
     rows = np.full((len(wanted), how.terms), -1, np.int64)
     weights = np.zeros((len(wanted), how.terms), np.float32)
-    with ThreadPoolExecutor(threads) as pool:
-        for first, near in _candidates(space, wanted, how.candidates, spare):
-            pursue = partial(_pursue, space, how)
-            sums = pool.map(pursue, wanted[first : first + len(near)], near)
-            for at, (picked, weight) in enumerate(sums, first):
-                rows[at, : len(picked)] = shared.own[picked]
-                weights[at, : len(picked)] = weight
+    for first, near in _candidates(space, wanted, how.candidates, spare):
+        for at, candidates in enumerate(near, first):
+            picked, weight = _pursue(space, how, int(wanted[at]), candidates)
+            rows[at, : len(picked)] = shared.own[picked]
+            weights[at, : len(picked)] = weight
     return Combination(rows, weights)
 
 
-def least_memory(shared: int, cols: int, how: Pursuit, threads: int) -> int:
+def least_memory(shared: int, cols: int, how: Pursuit) -> int:
     """Bytes that `omp` takes at least beside its result: a grain of wanted and one of shared rows and their
-    scores; for each thread the candidates' rows, their Gram matrix and what is known of each term."""
+    scores; the candidates' rows, their Gram matrix and what is known of each term."""
     near = min(shared, how.candidates)
     rows = _grain(cols)
     compared = 28 * rows * cols + WANTED_GRAIN * (24 * cols + 40 * (near + rows))
     pursued = 24 * near * cols + 8 * near * (near + how.terms + 8)
-    return compared + threads * pursued
+    return compared + pursued
 
 
 def _grain(cols: int) -> int:

@@ -127,18 +127,17 @@ def test_sums_of_few_rows_are_recovered_exactly() -> None:
 
 
 @pytest.mark.parametrize("cols", [1, 7, 48])
-def test_the_same_bits_for_any_memory_threads_and_grain_of_a_pass(
+def test_the_same_bits_for_any_memory_and_grain_of_a_pass(
     cols: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("merge.tokens.omp.WANTED_GRAIN", 32)
     monkeypatch.setattr("merge.tokens.omp.MOST_ROWS", 50)
     both, values = shared(), drawn(DONOR, cols, 1)
     how = Pursuit(12, 100, 0.1)
-    least = least_memory(BOTH, cols, how, 3)
+    least = least_memory(BOTH, cols, how)
     found = [
-        pursued(values, both, lacking(both), how, memory=memory, threads=threads)
+        pursued(values, both, lacking(both), how, memory=memory)
         for memory in (least, least + 40_000, MEMORY)
-        for threads in (1, 3)
     ]
     for other in found[1:]:
         assert other.rows.tobytes() == found[0].rows.tobytes()
@@ -169,7 +168,7 @@ def test_pursuit_refuses_memory_that_is_too_little() -> None:
     both, values = shared(), drawn(DONOR, 48, 1)
     how = Pursuit()
     with pytest.raises(PlanError, match="allow more memory"):
-        pursued(values, both, lacking(both), how, memory=least_memory(BOTH, 48, how, 1) - 1)
+        pursued(values, both, lacking(both), how, memory=least_memory(BOTH, 48, how) - 1)
 
 
 def hashed(cols: int) -> Rows:
@@ -195,17 +194,16 @@ def peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_pursuit_stays_in_its_memory(threads: int) -> None:
+def test_pursuit_stays_in_its_memory() -> None:
     """A vocabulary of 128 MiB, in the least that is accepted and in what holds the shared rows."""
     count, cols, how = 16_000, 2048, Pursuit(8, 256, 0.1)
     both = Shared(np.arange(count), np.arange(count))
     wanted = np.arange(count, count + 150)
     result = wanted.size * how.terms * 12
     for spare in (0, 16 << 20, 4 * count * cols):
-        memory = least_memory(count, cols, how, threads) + spare
+        memory = least_memory(count, cols, how) + spare
         used = peak(
-            lambda: omp(hashed(cols), both, wanted, cols, how=how, memory=memory, threads=threads)  # noqa: B023
+            lambda: omp(hashed(cols), both, wanted, cols, how=how, memory=memory)  # noqa: B023
         )
         assert used <= memory + result
 
