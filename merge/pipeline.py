@@ -18,6 +18,7 @@ from merge.budget import (
 )
 from merge.carry import CARD, carry_files, model_card, provenance
 from merge.errors import SourceError
+from merge.lines import nearest
 from merge.output import (
     Progress,
     adapter_inputs,
@@ -86,8 +87,9 @@ def _lending(recipe: Recipe, label: str) -> str:
     """What is wrong with a vocabulary's source that is no model, before why it is none."""
     if label != recipe.outside_source:
         return ""
-    models = ", ".join(recipe.labels)
-    return f"the source of tokens is {label!r}; it must be base, union, one of {models} or another model: "
+    near, models = nearest(label, ["base", "union", *recipe.labels]), ", ".join(recipe.labels)
+    allowed = f"base, union, one of {models} or another model"
+    return f"the source of tokens is {label!r}{near}; it must be {allowed}: "
 
 
 def _where_model(recipe: Recipe, label: str) -> str:

@@ -130,6 +130,9 @@ def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
     if "model" in data and "merge_method" not in data:  # one model, rewritten
         rest = {key: value for key, value in data.items() if key != "model"}
         data = {"merge_method": "passthrough", "models": [{"model": data["model"]}], **rest}
+    if "stop" in data and data["stop"] is None:
+        what = "it must have eos, also or unify; {} stops where any of the models does"
+        raise lines.error(("stop",), f"stop is empty; {what}")
     if "out_path" in data and "output" not in data:  # mergekit-mega's word
         data = {("output" if key == "out_path" else key): value for key, value in data.items()}
     try:

@@ -274,6 +274,8 @@ def test_a_tokenizer_source_that_is_no_model_is_refused_with_its_line(tmp_path: 
     family(tmp_path, "a")
     message = refusal(linear(tmp_path, "base", "a", tokenizer_source="c"), SourceError)
     assert re.search(r"r\.yaml:\d+: the source of tokens is 'c'; it must be base, union", message)
+    message = refusal(linear(tmp_path, "base", "a", tokenizer={"source": "unoin"}), SourceError)
+    assert "the source of tokens is 'unoin' (did you mean 'union'?); it must be" in message
 
 
 # -- memory and disk -------------------------------------------------------------------------------

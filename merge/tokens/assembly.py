@@ -50,6 +50,12 @@ class Assembly:
         donor, name = self.lineup.models[self.lineup.donor], "rows of tokens"
         return Model(name, donor.folder, {}, self.views.source(), computed=True, name=name)
 
+    def where(self, *path: str | int) -> str:
+        """File and line of what the recipe says about tokens, at `path` in its section."""
+        recipe = self.lineup.recipe
+        whole = ("tokenizer", *path) if recipe.sections.tokenizer else ("tokenizer_source",)
+        return recipe.where(*whole)
+
     @cached_property
     def meanings(self) -> Mapping[int, bytes | str]:
         """What the tokens of the result stand for."""
@@ -130,23 +136,25 @@ class _Rows:
     def _stored(self, operand: Operand) -> Stored:
         model = self.lineup.models[operand.model]
         if operand.step is not None:
+            where = self.lineup.recipe.where_model(model.label)
             raise PlanError(
-                f"{model.label}: is a merge of the same file, whose rows other models cannot be sorted by; "
-                "write it to a folder first"
+                f"{where}: {model.label}: is a merge of the same file, whose rows other models cannot be "
+                "sorted by; write it to a folder first"
             )
         return Stored(model.source, operand.tensor)
 
     def _give(self, own: _Own, row: int, source: RowSource) -> None:
         at = np.array([row])
         if source.how == "row":
-            lender = self.lineup.stored(source.model, self.plain.name)
-            fits = lender is not None and lender.info.shape[1:] == own.operand.info.shape[1:]
-            if lender is None or not fits or source.row >= lender.info.rows:
+            given = self.lineup.stored(source.model, self.plain.name)
+            fits = given is not None and given.info.shape[1:] == own.operand.info.shape[1:]
+            if given is None or not fits or source.row >= given.info.rows:
+                where = self.assembly.where("tokens", self.surgery.vocabulary.texts[row], self.kind)
                 label = self.lineup.models[source.model].label
                 raise PlanError(
-                    f"{label}: has no rows for {self.plain.name!r} that others could take"
+                    f"{where}: {label}: has no rows for {self.plain.name!r} that others could take"
                 )
-            own.take(at, self._stored(lender), np.array([source.row]))
+            own.take(at, self._stored(given), np.array([source.row]))
         else:
             stored = self._stored(own.operand)
             mean = source.how == "mean"
@@ -186,8 +194,8 @@ class _Rows:
     def _take(self, own: _Own, filling: Filling) -> None:
         if not filling.ordinary.size:
             raise PlanError(
-                f"{filling.own.label}: has no ordinary token of the result, from which rows of others could "
-                "be made"
+                f"{self.assembly.where('missing')}: {filling.own.label}: has no ordinary token of the "
+                "result, from which rows of others could be made"
             )
         self.assembly.fillings.append(filling)
         own.take(filling.wanted, filling.computed(), np.arange(len(filling.wanted)))
@@ -214,7 +222,8 @@ class _Rows:
         operand = None if base is None else self.lineup.stored(base, self.plain.name)
         if base is None or operand is None:
             raise PlanError(
-                "tokenizer.missing is base, but the recipe has no base_model with such rows"
+                f"{self.assembly.where('missing')}: tokenizer.missing is base, but the recipe has no "
+                "base_model with such rows"
             )
         ids = self._map(operand)
         rows = missing[ids[missing] >= 0]
@@ -277,7 +286,8 @@ class _Rows:
         lost = [texts[i] for i in rows.tolist() if i in texts and i not in free]
         if lost:
             raise PlanError(
-                f"{len(lost)} tokens of the result are in none of the merged models, first {lost[0]!r}; "
+                f"{self.assembly.where('source')}: {len(lost)} tokens of the result are in none of the "
+                f"merged models, first {lost[0]!r}; "
                 "write tokenizer: {missing: subword}, or omp, procrustes or mean, to make rows for them"
             )
 

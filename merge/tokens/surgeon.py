@@ -226,8 +226,9 @@ class _Surgeon:
             for name in section.models:
                 label = named_model(name, recipe.labels)
                 if label is None:
+                    near = nearest(name, recipe.labels)
                     raise PlanError(
-                        f"{where}: {name!r} is none of the models ({', '.join(recipe.labels)})"
+                        f"{where}: {name!r}{near} is none of the models: {', '.join(recipe.labels)}"
                     )
                 i = self.lineup.index[label]
                 maps[i] = unified(maps[i], section, result, self.vocabularies[i], where)

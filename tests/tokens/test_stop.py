@@ -10,7 +10,8 @@ from edited import laid_out, with_files, with_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge.errors import PlanError
+from merge.errors import PlanError, RecipeError
+from merge.recipe import parse_recipe
 from merge.tokens.sections import StopSection
 from merge.tokens.stop import stopped
 from merge.tokens.vocabulary import (
@@ -265,6 +266,21 @@ def test_an_unknown_text_is_refused_with_the_nearest(real: Real) -> None:
         stopped(result, [], StopSection(eos="<|im_end|>"), {}, "r:1")
     with pytest.raises(PlanError, match=r"stop\.also is 'bye bye'"):
         stopped(result, [], StopSection(also=["bye bye"]), {}, "")
+
+
+def test_an_empty_section_is_refused_and_an_empty_table_stops_where_any_model_does(
+    real: Real,
+) -> None:
+    text = "merge_method: passthrough\nmodels: [{model: a}]\nstop:"
+    with pytest.raises(
+        RecipeError, match=r"recipe:3: stop is empty; it must have eos, also or unify"
+    ):
+        parse_recipe(text)
+    section = parse_recipe(f"{text} {{}}").sections.stop
+    assert section == StopSection()
+    parents = german(real)
+    edits = stopped(with_files(parents[1], {GENERATION: None}), parents, section, {}, "")
+    assert json.loads(edits[GENERATION])["eos_token_id"] == [32000, 2]
 
 
 def test_a_real_model_stops_at_its_new_eos(tmp_path: Path) -> None:
