@@ -35,6 +35,7 @@ CODES: Mapping[str, str] = {
     "template-never-stops": "after an answer the chat template writes no token at which texts stop",
     "template-prompt-differs": "the generation prompt is not how answers start in the chat template",
     "template-double-bos": "a chat starts with two tokens for the beginning of a text",
+    "template-unknown-text": "text of the chat template is none of the vocabulary, and is read as unknown",
     "template-id-beyond-rows": "the chat template writes a token without a row",
     "pad-is-eos": "padding and the end of a text are one token",
     "added-id-moves": "an added token is read with another id than its file says",

@@ -46,6 +46,13 @@ class Dialogue:
         return self.full[len(prompt) :].partition(ANSWERS[-1])[0]
 
 
+def own_text(text: str, first: int, end: int) -> str:
+    """What of text[first:end] a template wrote itself: without the words of the messages."""
+    words = re.finditer("|".join(WORDS), text)
+    said = {at for word in words for at in range(*word.span())}
+    return "".join(text[at] for at in range(first, end) if at not in said)
+
+
 def probed(template: str, names: Mapping[str, str]) -> tuple[tuple[Dialogue, ...], str]:
     """Dialogues as `template` writes them (with a system message, without one), and why there are none.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from merge.errors import PlanError, SourceError
 from merge.lines import nearest
-from merge.tokens.dialogue import Dialogue, probed
+from merge.tokens.dialogue import Dialogue, own_text, probed
 from merge.tokens.findings import Finding
 from merge.tokens.library import library_errors, read_tokenizer
 from merge.tokens.render import LONGEST
@@ -21,6 +21,7 @@ from merge.tokens.vocabulary import (
     TEMPLATE,
     Vocabulary,
     json_bytes,
+    token_text,
     verbatim_settings,
 )
 
@@ -38,6 +39,7 @@ BUILTIN: Mapping[str, tuple[str, ...]] = {
     "vicuna": (),
     "zephyr": (),
 }
+SHOWN = 3  # texts told of in words
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def template_findings(vocabulary: Vocabulary) -> list[Finding]:
     """What is wrong with the template of a model, or between it and the vocabulary; [] without one.
 
     Codes: template-twice, template-broken, template-unspellable, template-never-stops,
-    template-prompt-differs, template-double-bos, template-id-beyond-rows."""
+    template-prompt-differs, template-double-bos, template-unknown-text, template-id-beyond-rows."""
     twice = list(_twice(vocabulary))
     if vocabulary.template is None:
         return twice
@@ -341,12 +343,13 @@ def _prompt_differs(vocabulary: Vocabulary, dialogue: Dialogue) -> Iterator[Find
 
 
 def _of_ids(vocabulary: Vocabulary, dialogues: Sequence[Dialogue]) -> Iterator[Finding]:
-    """What is wrong with the ids that a dialogue becomes: a second bos, rows that do not exist."""
+    """What is wrong with the ids that a dialogue becomes: two bos, lost text, rows that do not exist."""
     texts = [text for d in dialogues for text in (d.full, d.prompt)]
     try:
         with library_errors(vocabulary.label):
             tokenizer = read_tokenizer(vocabulary.tokenizer)
-            encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+            read = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            encoded = [found.ids for found in read]
     except SourceError as error:
         what = str(error).removeprefix(f"{vocabulary.label}: ")
         yield _finding(vocabulary, "tokenizer-broken", "error", what)
@@ -355,9 +358,32 @@ def _of_ids(vocabulary: Vocabulary, dialogues: Sequence[Dialogue]) -> Iterator[F
     if bos is not None and any(ids[:2] == [bos, bos] for ids in encoded):
         what = f"the chat template starts with bos (token {bos}) twice"
         yield _finding(vocabulary, "template-double-bos", "error", what, id=bos)
+    # of the first dialogue: a template that takes text writes out the tables of a message in parts
+    if lost := _lost(vocabulary, texts[:2], read[:2]):
+        listed = ", ".join(map(repr, lost[:SHOWN])) + ", ..." * (len(lost) > SHOWN)
+        what = (
+            f"the chat template writes {listed}, for which there is no token: it is read as unknown"
+        )
+        yield _finding(vocabulary, "template-unknown-text", "warning", what, texts=lost)
     beyond = sorted({i for ids in encoded for i in ids if i >= (vocabulary.rows or i + 1)})
     if beyond:
         what = (
             f"the chat template writes token {beyond[0]}; the embedding has {vocabulary.rows} rows"
         )
         yield _finding(vocabulary, "template-id-beyond-rows", "error", what, ids=beyond)
+
+
+def _lost(vocabulary: Vocabulary, texts: Sequence[str], read: Sequence[Any]) -> list[str]:
+    """What a template wrote itself of `texts` and was `read` as the token for what is unknown, but for that
+    token's own text. A model may have learnt to read a template so."""
+    model = vocabulary.tokenizer.get("model", {})
+    names = {vocabulary.named("unk_token"), token_text(model.get("unk_token"))} - {None}
+    ids = (model.get("unk_id"), *(vocabulary.ids.get(name) for name in names if name))
+    unknown = {i for i in ids if isinstance(i, int)}
+    parts = [
+        own_text(text, *place)
+        for text, found in zip(texts, read, strict=True)
+        for i, place in zip(found.ids, found.offsets, strict=True)
+        if i in unknown
+    ]
+    return [part for part in dict.fromkeys(parts) if part and part.strip() not in names]

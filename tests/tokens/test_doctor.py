@@ -176,6 +176,11 @@ CHATTING = [
     ("template-unspellable", "warning", m.settings(chat_template="<|begin|>" + CHATML)),
     ("template-prompt-differs", "warning", m.settings(chat_template=CHATML + "Antwort: ")),
     ("template-double-bos", "error", m.settings(chat_template="<s><s>" + CHATML)),
+    (
+        "template-unknown-text",
+        "warning",
+        m.tokenizer(lambda d: d["model"].update(byte_fallback=False)),
+    ),
     ("tokenizer-broken", "error", m.tokenizer(lambda d: d.update(decoder={"type": "Nonsense"}))),
 ]
 ELSEWHERE = {

@@ -10,6 +10,8 @@ import pytest
 from edited import laid_out, with_files, with_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_vocabularies import metaspace, vocabulary
+from small_vocabularies import with_tokens as with_special
 
 from merge.errors import PlanError
 from merge.tokens.render import render, render_apart
@@ -360,6 +362,35 @@ def test_two_fine_tunes_that_disagree_make_a_whole_model(real: Real) -> None:
     assert told(stops) == []  # [INST], and an answer ends in the new eos
     edits = templated(stops, {"disco": disco}, wanted("model:disco"), "", HERE)
     assert told(with_files(stops, edits)) == []
+
+
+def test_text_of_the_template_without_a_token_is_found() -> None:
+    """A line end that the vocabulary lacks; what the messages say is not the template's."""
+    control = ("<|im_start|>", "<|im_end|>")
+    roles = "system user assistant"
+    for texts, lost in (
+        ([roles], ["\n"]),
+        ([f"{roles}\n"], []),
+        (["user assistant\n"], ["y", "m"]),
+    ):
+        small = vocabulary(with_special(metaspace(texts, size=60), *control), eos_token=control[1])
+        generation = {"eos_token_id": small.ids[control[1]]}
+        files = {TEMPLATE: builtin("chatml").encode(), GENERATION: generation}
+        found = template_findings(with_files(small, files))
+        assert [f.code for f in found] == ["template-unknown-text"] * bool(lost)
+        assert [text for f in found for text in f.evidence["texts"]] == lost
+
+
+def test_the_name_of_the_unknown_itself_is_no_lost_text(real: Real) -> None:
+    """GPT-2 has one token for the end, the beginning and what is unknown."""
+    plain = real("gpt2")
+    end = str(plain.named("eos_token"))
+    files = {
+        SETTINGS: {**plain.settings, "unk_token": end},
+        GENERATION: {"eos_token_id": plain.ids[end]},
+        TEMPLATE: builtin("vicuna").encode(),
+    }
+    assert told(with_files(plain, files)) == []
 
 
 def test_ids_that_have_no_rows_are_found(real: Real) -> None:
