@@ -23,15 +23,21 @@ SPELLING = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 def grown_files(
-    source: Vocabulary, others: Sequence[Vocabulary], new: New, where: str
+    source: Vocabulary,
+    others: Sequence[Vocabulary],
+    new: New,
+    raised: Sequence[AddedToken],
+    where: str,
 ) -> dict[str, bytes]:
-    """The files of `source` that change when `new` is appended, ids from source.size on.
+    """The files of `source` that change when `new` is appended, ids from source.size on, and pieces that it
+    has become the added tokens `raised`.
 
     Foreign pieces bring the merges of `others` that make them, after all of the source's. PlanError where
     `tokenizers` would give a token another id than it has here.
     """
     ids = {text: i for i, text in enumerate(new, source.size)}
-    tokens = [(ids[text], token) for text, token in new.items() if token is not None]
+    tokens = [(token.id, token) for token in raised]
+    tokens += [(ids[text], token) for text, token in new.items() if token is not None]
     tokenizer = dict(source.tokenizer)
     tokenizer["added_tokens"] = [
         *(tokenizer.get("added_tokens") or ()),

@@ -17,7 +17,8 @@ class TokenSection(Strict):
     row of it), `model:NAME:TEXT` (its row of another token), `mean` (of its ordinary tokens, as with
     `missing: mean`) or `zero`; None: as for any token.
 
-    apply: to models that lack the token, or (always) to all. `special`: as it is flagged where it is new.
+    apply: to models that lack the token, or (always) to all. `special`: as it is flagged where it is new, or
+    an ordinary piece so far.
     """
 
     embed: Text | None = None

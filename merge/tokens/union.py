@@ -56,7 +56,8 @@ def unite(
     for text in section.alias:
         if text not in source.ids and text not in new:
             raise PlanError(f"{where}: alias: the result has no token {text!r}; give it in tokens")
-    files = grown_files(source, others, new, where) if new else {}
+    raised = _raised(source, section)
+    files = grown_files(source, others, new, raised, where) if new or raised else {}
     tails = [np.array([own_id(v, t, section.alias) for t in new], np.int64) for v in everyone]
     maps = tuple(np.concatenate(parts) for parts in zip(own, tails, strict=True))
     notes = tuple(_notes(source, others, maps, new))
@@ -120,7 +121,8 @@ def _named(
     found: dict[str, AddedToken | None] = {}
     flagged = {token.text: token for other in reversed(others) for token in other.added}
     for text, told in section.tokens.items():
-        if text in source.ids or (text in new and new[text] is None):
+        piece = text in new and new[text] is None
+        if text in source.ids or (piece and not told.special):
             continue
         # not normalized: a normalizer that puts a space before each text would put it before this one
         token = new.get(text) or flagged.get(text) or AddedToken(-1, text, special=True)
@@ -128,12 +130,22 @@ def _named(
     return found
 
 
+def _raised(source: Vocabulary, section: TokenizerSection) -> list[AddedToken]:
+    """Ordinary pieces of the source that the recipe makes special, as added tokens with their ids."""
+    added = {token.text for token in source.added}
+    return [
+        AddedToken(source.ids[text], text, special=True)
+        for text, told in section.tokens.items()
+        if told.special and text in source.ids and text not in added
+    ]
+
+
 def _check_named(source: Vocabulary, section: TokenizerSection, where: str) -> None:
-    """What the source has already keeps its flags; the recipe must not ask for others."""
+    """An added token of the source keeps its flags; the recipe must not ask for others."""
     special = {token.text: token.special for token in source.added}
     for text, told in section.tokens.items():
-        if text in source.ids and told.special not in (None, special.get(text, False)):
-            kind = "special" if special.get(text, False) else "not special"
+        if text in special and told.special not in (None, special[text]):
+            kind = "special" if special[text] else "not special"
             raise PlanError(
                 f"{where}: tokens.{text}: special is {str(told.special).lower()}, but the token is {kind} in "
                 f"{source.label}, whose flags are kept; leave special out"

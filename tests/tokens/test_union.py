@@ -504,9 +504,23 @@ def test_the_first_difference_in_words() -> None:
     assert first_difference(chat, other) == "token '<|a|>' has id 301, not 300"
 
 
-def test_flags_of_tokens_that_are_there_cannot_be_changed() -> None:
-    """An ordinary piece does not become special without a word."""
-    plain = vocabulary(byte_level())
-    piece = next(text for text in plain.pieces if text not in {t.text for t in plain.added})
-    with pytest.raises(PlanError, match="whose flags are kept"):
-        united(plain, tokens={piece: {"special": True}})
+def test_flags_of_added_tokens_cannot_be_changed() -> None:
+    with pytest.raises(PlanError, match=r"tokens.<s>: special is false, .* whose flags are kept"):
+        united(vocabulary(byte_level()), tokens={"<s>": {"special": False}})
+
+
+def test_an_ordinary_piece_becomes_special_by_its_id() -> None:
+    """Of the source, or one that a union takes in."""
+    plain, german = vocabulary(byte_level()), vocabulary(byte_level(GERMAN), "german")
+    piece = max((text for text in plain.pieces if text.isascii() and text.isalpha()), key=len)
+    for other, text in (((), piece), ((german,), "Der")):
+        source = "union" if other else "base"
+        found = united(plain, *other, source=source, tokens={text: {"special": True}})
+        after = result(plain, found)
+        check_maps(plain, other, found)
+        (token,) = [token for token in after.added if token.text == text]
+        assert token.special
+        assert token.id == after.ids[text] == plain.ids.get(text, token.id)
+        tokenizer = library(plain, found.files)
+        assert tokenizer.encode(f"{text}{text}").ids == [token.id, token.id]
+        assert tokenizer.decode([token.id]) == ""
