@@ -139,10 +139,13 @@ def run_command(
         "plan": result.plan.digest,
         "verified": result.verified,
         "notes": [*result.plan.notes, *result.plan.unseen],
+        "rows_made": result.rows_made,
     }
     if not as_json:
         _say_notes(result.plan)
         click.echo(_said_result(result))
+        if result.rows_made:
+            click.echo(_said_rows(result.rows_made))
     if scoring is not None:
         scores = _scored_beside_parents(result, *scoring)
         report["scores"] = scores.as_json()
@@ -182,6 +185,17 @@ def _said_result(result: Any) -> str:
     if "layers" in facts:
         size += f"; an adapter of {facts['layers']} modules that misses {facts['error']:.2%} of the change"
     return f"{result.folder}: {done}: {size}"
+
+
+def _said_rows(rows_made: "Sequence[dict[str, Any]]") -> str:
+    """One line about rows that no model had."""
+    told = []
+    for made in rows_made:
+        error, donor = made["median_error"], made.get("donor")
+        measured = "" if error is None else f", median error {error:.2f} on tokens held out"
+        how = made["how"] + (f" from {donor}" if donor else "")
+        told.append(f"{made['rows']} of {made['tensor']} of {made['model']} by {how}{measured}")
+    return f"rows made: {'; '.join(told)}"
 
 
 def _scored_beside_parents(result: Any, section: Any, suite: Any) -> Any:

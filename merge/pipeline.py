@@ -35,7 +35,7 @@ from merge.recipe import Recipe, load_recipe
 from merge.sources.model import Model, read_json
 from merge.sources.opening import is_adapter, locate, open_model
 from merge.stream import run
-from merge.verify import PROVENANCE, verify_adapter, verify_folder
+from merge.verify import PROVENANCE, provenance_of, verify_adapter, verify_folder
 from merge.write import PartialFolder, check_own, discard_leftover, partial_of
 
 
@@ -47,7 +47,7 @@ def quiet(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 @dataclass(frozen=True)
 class Result:
     """A finished merge: its folder, its plan, whether it was there already, how many tensors an
-    interrupted run had finished, what was verified."""
+    interrupted run had finished, what was verified, and what is told of rows that no model had."""
 
     folder: Path
     plan: Plan
@@ -55,6 +55,7 @@ class Result:
     existed: bool
     taken_up: int
     verified: dict[str, Any]
+    rows_made: tuple[dict[str, Any], ...] = ()
 
 
 def plan_recipe(
@@ -160,7 +161,8 @@ def run_recipe(
         check_replaceable(folder, Path(plan.recipe.file))
     elif is_there_already(folder, plan, budget, progress):
         discard_leftover(folder)
-        return Result(folder, plan, budget, True, 0, _verified(folder, budget, progress))
+        verified = _verified(folder, budget, progress)
+        return Result(folder, plan, budget, True, 0, verified, _rows_made(folder))
     check_disk(plan, folder)
     check_open_files(plan)
     with PartialFolder(folder, plan, threads=budget.threads, restart=restart) as growing:
@@ -175,7 +177,8 @@ def run_recipe(
         verified = _verified(growing.model, budget, progress, read_back=growing.offsets())
         growing.publish()
     taken_up = len(plan.steps) - len(pending)
-    return Result(folder, plan, budget, False, taken_up, verified | {"folder": str(folder)})
+    verified |= {"folder": str(folder)}
+    return Result(folder, plan, budget, False, taken_up, verified, _rows_made(folder))
 
 
 def _run_adapter(
@@ -203,6 +206,12 @@ def _run_adapter(
         )
     verified |= {"layers": len(report.adapted), "error": report.error}
     return Result(folder, plan, budget, False, 0, verified)
+
+
+def _rows_made(folder: Path) -> tuple[dict[str, Any], ...]:
+    """For each tensor how many rows were made how, and their median error; the single errors stay there."""
+    told = (provenance_of(folder) or {}).get("rows_made", ())
+    return tuple({key: made[key] for key in made if key != "errors"} for made in told)
 
 
 def _verified(

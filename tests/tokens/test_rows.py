@@ -1,7 +1,7 @@
 """Rows of embeddings and heads: merged among those who own the token, copied where one model does."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from families import drawn, typed, write_model, write_recipe, write_tensors
 from methods.cases import CASES, Case, needs_base, read_values, recipe_of
 from numpy.typing import NDArray
+from ran import Ran
 
 from merge.errors import PlanError
 from merge.methods import all_methods
@@ -350,3 +351,67 @@ def test_the_files_beside_are_those_of_the_result(tmp_path: Path) -> None:
     assert not (out / "tokenizer.model").exists()
     new = {"eos_token_id": int(order[0]), "temperature": 0.5}
     assert read_json(out / "generation_config.json") == new
+
+
+def test_the_mean_is_that_of_ordinary_tokens_whoever_asks_for_it(tmp_path: Path) -> None:
+    """For all tokens that a model lacks, for one that the recipe names, for rows without a token."""
+    write_tokens(tmp_path / "m0", ["<s>"], 0, padding=3, dtype="F32")
+    write_tokens(tmp_path / "m1", ["<x>"], 1, dtype="F32")
+    own = [read_values(tmp_path / name)[EMBED].astype(np.float32) for name in ("m0", "m1")]
+    means = [rows[: len(PIECES)].mean(axis=0, dtype=np.float64) for rows in own]
+    tokens = {"<new>": {"embed": "mean", "head": "mean"}}
+    case = Case("linear", 2, {"weight": [1.0, 1.0]})
+    recipe = recipe_of(tmp_path, case, tokenizer={"missing": "mean", "tokens": tokens, "size": 24})
+    folder = run_recipe(recipe, tmp_path / "out").folder
+    found, ids = read_values(folder)[EMBED], ids_of(folder)
+    expected = {
+        ids["<x>"]: (means[0] + own[1][16]) / 2,
+        ids["<s>"]: (own[0][16] + means[1]) / 2,
+        ids["<new>"]: (means[0] + means[1]) / 2,
+        23: (means[0] + means[1]) / 2,
+    }
+    for row, values in expected.items():
+        assert np.abs(found[row] - values).max() <= 2.0**-22
+
+
+def test_an_error_about_rows_names_the_line_that_is_to_blame(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "m0", ["<s>"], 0)
+    write_tokens(tmp_path / "m1", ["<x>"], 1)
+    write_tokens(tmp_path / "outside", ["<y>"], 2)
+    case = Case("linear", 2, {"weight": [1.0, 1.0]})
+    for section, key, what in (
+        ({"missing": "base"}, "missing", "tokenizer.missing is base, but the recipe has no"),
+        ({"source": "outside"}, "source", "1 tokens of the result are in none of the merged"),
+    ):
+        recipe = recipe_of(tmp_path, case, tokenizer={"keep_padding": True, **section})
+        with pytest.raises(PlanError, match=rf"recipe\.yaml:\d+: {what}") as caught:
+            run_recipe(recipe, tmp_path / "out")
+        line = int(str(caught.value).partition("recipe.yaml:")[2].partition(":")[0])
+        assert recipe.read_text().splitlines()[line - 1].strip().startswith(f"{key}:")
+
+
+def test_a_model_that_unify_misspells_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    for seed, name in enumerate(("m0", "m1")):
+        write_tokens(tmp_path / name, [], seed)
+    case = Case("linear", 2, {"weight": [1.0, 1.0]})
+    stop = {"unify": {"from": "a", "to": "b", "models": ["m1x"]}}
+    what = r"recipe\.yaml:\d+: 'm1x' \(did you mean 'm1'\?\) is none of the models: m0, m1"
+    with pytest.raises(PlanError, match=what):
+        run_recipe(recipe_of(tmp_path, case, stop=stop), tmp_path / "out")
+
+
+def test_a_run_tells_of_the_rows_that_it_made(tmp_path: Path, command: Callable[..., Ran]) -> None:
+    write_tokens(tmp_path / "m0", [], 0)
+    write_tokens(tmp_path / "outside", ["<x>", "<y>"], 1)
+    (tmp_path / "r.yaml").write_text("model: m0\ntokenizer: {source: outside, missing: mean}\n")
+    ran = command("run", "r.yaml", "-o", "out")
+    made = read_json(tmp_path / "out" / "mergetool.json")["rows_made"]
+    (line,) = [line for line in ran.out.splitlines() if line.startswith("rows made: ")]
+    for rows in made:
+        error = f"{rows['median_error']:.2f}"
+        assert (
+            f"2 of {rows['tensor']} of m0 by mean, median error {error} on tokens held out" in line
+        )
+    told = json.loads(command("run", "r.yaml", "-o", "out", "--json").out)
+    assert {rows["tensor"] for rows in made} == {EMBED, HEAD}
+    assert told["rows_made"] == [{k: v for k, v in rows.items() if k != "errors"} for rows in made]
