@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint format bench docs zoo clean
+.PHONY: quickstart test lint format bench compat docs zoo clean
 
 quickstart: .venv/ready  ## merge the tiny model family, verify and score the result
 	HF_HUB_OFFLINE=1 $(BIN)/mergetool run quickstart --output out/quickstart
@@ -21,6 +21,9 @@ format: .venv/ready
 
 bench: .venv/ready  ## side by side with mergekit; make bench ARGS=--small for a quick look
 	$(BIN)/python evals/bench/bench.py $(ARGS)
+
+compat: .venv/ready  ## results in transformers 4.57, in an environment that the first run makes
+	$(BIN)/python -m evals.compat.transformers4 $(ARGS)
 
 docs: .venv/ready  ## the pages of the merge methods, from their signatures
 	$(BIN)/python docs/pages.py

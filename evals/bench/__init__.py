@@ -2,6 +2,7 @@
 
     python -m evals.bench            speed: floor, mergetool, mergekit
     python -m evals.bench memory     measured against projected peak, one huge tensor
+    python -m evals.bench tokens     the same, of models with tokens of their own
     python -m evals.bench plan70b    time of `mergetool plan` for three 70 B models
 
 The driver imports neither numpy nor torch and leaves all work to child processes: Linux counts the

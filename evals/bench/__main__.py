@@ -9,8 +9,9 @@ from . import memory, speed
 from .measure import BenchError
 from .peer import FLAGS, default_folder
 
-COMMANDS = ("speed", "memory", "plan70b")
 EPILOG = "Without a command: speed. `COMMAND --help` lists what a command takes."
+RUNS = {"memory": memory.run_memory, "tokens": memory.run_tokens, "plan70b": memory.run_plan70b}
+COMMANDS = ("speed", *RUNS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,8 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if asked.command == "speed":
             return speed.run_speed(_speed_options(asked))
-        run = memory.run_memory if asked.command == "memory" else memory.run_plan70b
-        return run(_memory_options(asked))
+        return RUNS[asked.command](_memory_options(asked))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -38,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     huge.add_argument("--sparse", action="store_true", help="zeros that take no room on disk")
     huge.add_argument("--small", action="store_true", help="a tensor of 131 MB instead of 2.1 GB")
     _add_common(huge)
+    tokens = commands.add_parser("tokens", help="the same, of models with tokens of their own")
+    tokens.add_argument("--memory", dest="cap", default="512MiB", help="the cap (512MiB)")
+    tokens.add_argument("--small", action="store_true", help="134 MB instead of 8.6 GB")
+    _add_common(tokens)
     plan = commands.add_parser("plan70b", help="time of `mergetool plan` for three 70 B models")
     plan.add_argument("--rounds", type=int, default=3, help="runs of each command (3)")
     _add_common(plan)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,9 @@ from .ground import (
     recipe_text,
 )
 from .measure import Usage, run_measured
-from .models import SHAPES
+from .models import SHAPES, give_tokens
+
+OWN = 8  # tokens that each of two models has, and the other lacks
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,43 @@ def run_memory(options: Options) -> int:
     shape = "wide-small" if options.small else "wide"
     with bench_folder(options.folder, shape, options.keep) as place:
         models = prepare_models(place, shape, sparse=options.sparse, outputs=1)
-        rows = [_measured_peak(place, method, models, options.cap) for method in ("linear", "ties")]
+        rows = [
+            _measured_peak(place, method, recipe_text(method, models), options.cap)
+            for method in ("linear", "ties")
+        ]
+    return _reported(options, shape, "zeros" if options.sparse else "normal", rows)
+
+
+def run_tokens(options: Options) -> int:
+    """A merge of two models with tokens of their own in a huge embedding; 1 as above.
+
+    All weights are zeros, so that the inputs take no room; the output does until it is measured.
+    """
+    shape = "tokens-small" if options.small else "tokens"
+    with bench_folder(options.folder, shape, options.keep) as place:
+        models = prepare_models(place, shape, ("base", "tune-a"), sparse=True, outputs=1)
+        for model in models:
+            own = [f"<|{model.name}-{i}|>" for i in range(OWN)]
+            give_tokens(model, SHAPES[shape], own)
+        rows = [_measured_peak(place, "ties", _tokens_recipe(models), options.cap)]
+    return _reported(options, shape, f"zeros, {OWN} other tokens in each model", rows)
+
+
+def _tokens_recipe(models: Sequence[Path]) -> str:
+    base, tune = models
+    lines = [
+        "merge_method: ties",
+        f"base_model: {base}",
+        f"models: [{{model: {tune}, parameters: {{weight: 1.0, density: 0.5}}}}]",
+        "tokenizer: {source: base, specials: union}",
+        "out_dtype: bfloat16",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _reported(options: Options, shape: str, data: str, rows: Sequence[dict[str, Any]]) -> int:
+    """Prints what was measured; 1 where a peak was above its projection."""
     rows_of, cols = next(iter(SHAPES[shape].tensors().values()))
-    data = "zeros" if options.sparse else "normal"
     print(f"one tensor of {rows_of} x {cols} bfloat16 ({data}), --memory {options.cap}")
     for row in rows:
         print(
@@ -48,14 +85,14 @@ def run_memory(options: Options) -> int:
             f"projected {row['projected'] / 2**20:6.0f} MiB, "
             f"{row['measured'] / row['projected']:.0%} of it, {row['wall']:.1f} s"
         )
-    _write(options.json, {"cap": options.cap, "shape": shape, "methods": rows})
+    _write(options.json, {"cap": options.cap, "shape": shape, "methods": list(rows)})
     return int(any(row["measured"] > row["projected"] for row in rows))
 
 
-def _measured_peak(place: Path, method: str, models: list[Path], cap: str) -> dict[str, Any]:
-    """Bytes that the plan projects and that the run took, and the run's seconds."""
+def _measured_peak(place: Path, method: str, text: str, cap: str) -> dict[str, Any]:
+    """Bytes that the plan of the recipe `text` projects and that the run took, and the run's seconds."""
     recipe, output = place / f"{method}.yaml", place / "ours"
-    recipe.write_text(recipe_text(method, models))
+    recipe.write_text(text)
     shutil.rmtree(output, ignore_errors=True)
     options = ("-o", str(output), "--memory", cap)
     projected = ask_plan(recipe, *options)["peak_bytes"]

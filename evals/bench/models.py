@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -62,6 +62,8 @@ SHAPES: Mapping[str, Shape] = {
     "70b": Shape(8192, 80, 64, 8, 128, 28672, 128256, False, 30),  # Llama-3.1-70B
     "wide": Shape(8192, 1, 1, 1, 64, 64, 128256, True, 1),  # one tensor of 2.1 GB, hardly a rest
     "wide-small": Shape(2048, 1, 1, 1, 64, 64, 32064, True, 1),
+    "tokens": Shape(16384, 1, 1, 1, 64, 64, 262144, True, 1),  # an embedding of 8.6 GB
+    "tokens-small": Shape(2048, 1, 1, 1, 64, 64, 32768, True, 1),
 }
 
 
@@ -93,6 +95,16 @@ def write_model(folder: Path, shape: Shape) -> None:
     _write_json(folder / "config.json", _config(shape))
     _write_json(folder / "tokenizer.json", _tokenizer())
     _write_json(folder / "tokenizer_config.json", _tokenizer_config())
+
+
+def give_tokens(folder: Path, shape: Shape, own: Sequence[str]) -> None:
+    """A checkpoint's tokenizer.json anew, with a token for every row; `own` are the last of them."""
+    tokenizer = _tokenizer()
+    words = range(len(tokenizer["added_tokens"]), shape.vocab - len(own))
+    tokenizer["model"]["vocab"] |= {f"t{i}": i for i in words}
+    first = shape.vocab - len(own)
+    tokenizer["added_tokens"] += [_added(i, text) for i, text in enumerate(own, first)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))  # on one line, in little memory
 
 
 def places(shape: Shape) -> Iterator[Place]:
@@ -165,14 +177,11 @@ def _config(shape: Shape) -> dict[str, Any]:
 def _tokenizer() -> dict[str, Any]:
     """The smallest tokenizer that the tokenizers library accepts: three special tokens."""
     tokens = ["<unk>", "<s>", "</s>"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": i, "content": token, "special": True} | plain for i, token in enumerate(tokens)
-        ],
+        "added_tokens": [_added(i, token) for i, token in enumerate(tokens)],
         "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"},
         "post_processor": None,
@@ -183,6 +192,11 @@ def _tokenizer() -> dict[str, Any]:
             "unk_token": "<unk>",
         },
     }
+
+
+def _added(i: int, token: str) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": i, "content": token, "special": True} | plain
 
 
 def _tokenizer_config() -> dict[str, Any]:

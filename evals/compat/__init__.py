@@ -1,0 +1,1 @@
+"""Do results work with other versions of the libraries that load them?"""
