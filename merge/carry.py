@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from merge.numerics import combined_digest
-from merge.plan import FORMAT, Operand, Plan
+from merge.plan import FORMAT, Operand, Plan, told_mixture
 from merge.recipe import OF_THE_LAST, OUT_DTYPES, Part, Recipe, Slice
 from merge.settings import Settings
 from merge.sources.model import Model
@@ -44,6 +44,7 @@ KEPT = (
     "shard_size",
 )
 OWN = ("readme.md", "config.json", PROVENANCE, "scores.json")
+OF_THE_BASE = ("merge_method", "models")  # of the recipe that a mixture's base alone would have
 CARD = "README.md"
 
 
@@ -77,6 +78,7 @@ def carried(plan: Plan) -> dict[str, Path | bytes]:
         found.pop(name, None)
         if content is not None:
             found[name] = content
+    found |= plan.files
     found["config.json"] = _config(plan, donor / "config.json")
     return found
 
@@ -130,6 +132,7 @@ def provenance(
     }
     if plan.fillings:
         data["rows_made"] = [filling.report() for filling in plan.fillings]
+    data |= plan.told
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -200,6 +203,10 @@ def _resolved(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
     if parts:
         out["modules"] = parts
     out |= _token_sections(recipe, names)
+    if recipe.mixes:
+        rest = {key: value for key, value in out.items() if key not in OF_THE_BASE}
+        base = {} if sections.mixture else {"base_model": names[recipe.labels[0]]}
+        out = base | told_mixture(recipe, names) | rest
     out |= {key: getattr(sections, key) for key in KEPT if getattr(sections, key)}
     if sections.adapter:
         out["adapter"] = sections.adapter.model_dump(exclude_none=True)
@@ -304,12 +311,15 @@ def model_card(plan: Plan) -> str:
     method = plan.recipe.method
     listed = "\n".join(f"- {name}" for name in meta["base_model"])
     paper = f" ({method.paper})" if method.paper else ""
-    title = plan.recipe.sections.name or f"A merge of {len(parents)} models"
+    mixed, experts = plan.recipe.mixes, len(plan.recipe.sections.experts or ())
+    kind = f"A mixture of {experts} experts" if experts else f"A merge of {len(parents)} models"
+    title = plan.recipe.sections.name or ("A mixture of experts" if mixed and not experts else kind)
+    by = "as a mixture of experts" if mixed else f"by the method `{method.name}`{paper}"
     return (
         f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {title}\n\n"
-        f"Made with mergetool by the method `{method.name}`{paper} from\n\n{listed}\n\n"
-        f"Recipe, with every default filled in:\n\n```yaml\n{recipe}```\n\n"
+        f"Made with mergetool {by} from\n\n{listed}\n\n"
+        f"Recipe{'' if mixed else ', with every default filled in'}:\n\n```yaml\n{recipe}```\n\n"
         f"Digests of all inputs and outputs are in `{PROVENANCE}`; `mergetool verify` compares them.\n"
     )
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Plan:
     lends its files, of which `tokens` changes some; `config` is the config.json of the result.
     `origins`: for an adapter, the base's tensors by the names of the steps that change them. `fillings`: what
     makes rows of tokens that a model lacks. `parsing`: bytes of memory that reading vocabularies took.
+    `files`: written beside the tensors, in addition. `told`: what the provenance tells beside the usual.
     `unseen`: notes about what the memory did not allow to look at; of no effect on the result.
     """
 
@@ -100,6 +101,8 @@ class Plan:
     fillings: tuple[Filling, ...] = ()
     parsing: int = 0
     unseen: tuple[str, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def read_bytes(self) -> int:
@@ -129,7 +132,28 @@ class Plan:
         }
         if self.tokens:
             facts["tokens"] = self.tokens.digest
+        if self.recipe.mixes:
+            names = {model.label: model.public_name for model in self.models}
+            facts["mixture"] = told_mixture(self.recipe, names)
+            facts["told"] = dict(self.told)
+            facts["files"] = {n: hashlib.sha256(f).hexdigest() for n, f in self.files.items()}
         return hashlib.sha256(canonical(facts).encode()).hexdigest()
+
+
+def told_mixture(recipe: Recipe, names: Mapping[str, str]) -> dict[str, Any]:
+    """What a recipe says about experts, models by their public names, of `names` by label."""
+    base, told = recipe.labels[0], recipe.mixture
+    if "mixture" in told:
+        told["mixture"] = names[base]
+    for entry in (*told.get("experts", ()), *told.get("shared_experts", ())):
+        if "adapter" in entry:
+            whole = names[f"{base}+{entry['adapter']}"]
+            entry["adapter"] = whole.removeprefix(f"{names[base]}+")
+        else:
+            entry["source_model"] = names[entry["source_model"]]
+        if "texts" in entry:
+            entry["texts"] = [Path(file).name for file in entry["texts"]]
+    return told
 
 
 def every_step(steps: Iterable[Step]) -> Iterator[Step]:

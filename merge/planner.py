@@ -8,6 +8,7 @@ from merge.agreement import check_agreement
 from merge.anatomy import layer_of, natural_order, vocabulary_tensors
 from merge.budget import RESERVED
 from merge.errors import PlanError
+from merge.experts.assembling import with_experts
 from merge.lineup import Lineup
 from merge.methods import all_methods
 from merge.numerics import FLOATS
@@ -51,6 +52,8 @@ def make_plan(recipe: Recipe, models: Mapping[str, Model], memory: int | None = 
     plan = planner.plan()
     if not recipe.sections.adapter:
         notes += planner.token_notes(plan)
+    if recipe.mixes:
+        plan = with_experts(plan, index, made)
     if (times := times_made(plan.steps)) > MOST_TIMES:
         raise PlanError(
             f"{recipe.file}:1: merges are merged again so often that each would be made {times:.0f} times; "
@@ -66,7 +69,8 @@ def make_plan(recipe: Recipe, models: Mapping[str, Model], memory: int | None = 
 
 def model_labels(recipe: Recipe) -> list[str]:
     """Every model that has to be opened, once: those of the recipe itself first, its base the first."""
-    labels = [label for each in (recipe, *recipe.stages.values()) for label in each.labels]
+    every = (recipe, *recipe.stages.values())
+    labels = [label for each in every for label in (*each.labels, *each.expert_labels)]
     labels += [label for label in [recipe.outside_source] if label]
     return [label for label in dict.fromkeys(labels) if label not in recipe.stages]
 

@@ -7,18 +7,27 @@ and recipe fit together is the business of `plan`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from merge.errors import RecipeError
 from merge.lines import Lines, load_documents, nearest
 from merge.lines import Path as Place
 from merge.methods import Method, all_methods
-from merge.sections import ModelEntry, ModuleEntry, Sections, SliceEntry, SourceEntry, read_sections
+from merge.sections import (
+    OF_MIXTURES,
+    ModelEntry,
+    ModuleEntry,
+    Sections,
+    SliceEntry,
+    SourceEntry,
+    read_sections,
+)
 from merge.settings import Resolution, Settings, SettingsReader
 
 # of the last document of a file
 OF_THE_LAST = (
     *("adapter", "score", "allow_nonfinite", "shard_size"),
-    *("tokenizer", "stop", "chat_template"),
+    *("tokenizer", "stop", "chat_template", "experts", "mixture"),
 )
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -86,6 +95,25 @@ class Recipe:
         return list(dict.fromkeys([*filter(None, bases), *entries]))
 
     @property
+    def expert_labels(self) -> list[str]:
+        """The model of each expert, then of each shared one; an adapter's is the base with it."""
+        base, sections = self.labels[0], self.sections
+        experts = [e.source_model or f"{base}+{e.adapter}" for e in sections.experts or ()]
+        return [*experts, *(shared.source_model for shared in sections.shared_experts or ())]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the result is a mixture."""
+        return bool(self.sections.experts or self.sections.mixture)
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """What the recipe says about experts, as JSON can tell it, models by their labels."""
+        return self.sections.model_dump(
+            mode="json", include={*OF_MIXTURES, "experts", "mixture", "drop"}, exclude_unset=True
+        )
+
+    @property
     def outside_source(self) -> str | None:
         """A model that is not merged, whose vocabulary the result gets."""
         tokens = self.sections.tokens
@@ -108,6 +136,11 @@ class Recipe:
             return self.where("base_model")
         if label == self.outside_source:
             return self.where("tokenizer" if self.sections.tokenizer else "tokenizer_source")
+        for i, expert in enumerate(self.expert_labels):
+            if label == expert and label not in self.labels:
+                listed = len(self.sections.experts or ())
+                place = ("experts", i) if i < listed else ("shared_experts", i - listed)
+                return self.where(*place)
         for piece in self.slices:
             if label == piece.base:
                 return self.where(*piece.place, "base_model")
@@ -178,7 +211,7 @@ def _check_stage(stage: Recipe) -> None:
 def _gather(
     recipe: Recipe, named: Mapping[str, Recipe], stages: dict[str, Recipe], within: tuple[str, ...]
 ) -> None:
-    for label in recipe.labels:
+    for label in [*recipe.labels, *recipe.expert_labels]:
         if label in within:
             raise recipe.lines.error((), f"{label!r} is merged from itself ({' <- '.join(within)})")
         if label in named and label not in stages:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, StrictInt, ValidationError, field_validator
 
 from merge.errors import RecipeError
+from merge.experts.sections import Architecture, ExpertEntry, Mode, RouterSection, SharedExpert
 from merge.fields import Dtype, Label, Parameters, Pattern, Strict
 from merge.lines import Lines, nearest
 from merge.tokens.sections import (
@@ -29,8 +30,29 @@ WORDS = {
     "bool_type": "it must be true or false",
 }  # pydantic's speak of Python
 KINDS = ("models", "slices", "modules")  # of which a recipe has one
+# what can be changed of a mixture, and what a recipe that does so can say besides
+KEYS_OF_CHANGE = frozenset({"drop", "experts", "router", "gate_mode", "experts_per_token"})
+BESIDE_CHANGE = frozenset(
+    [
+        "saved_modules",
+        "tokenizer",
+        "tokenizer_source",
+        "stop",
+        "chat_template",
+        "allow_nonfinite",
+        "shard_size",
+        "output",
+        "name",
+        "score",
+        "compat",
+    ]
+)
+# of a mixture alone
+OF_MIXTURES = (
+    *("shared_experts", "router", "gate_mode", "experts_per_token", "architecture"),
+    *("format", "layers", "saved_modules"),
+)
 LATER = {
-    "experts": "mixtures of experts cannot be assembled yet; mergekit-moe reads this file",
     "genome": "this is a search of mergekit-evolve, which cannot be run yet; write one candidate as a "
     "recipe with merge_method and models",
 }
@@ -108,6 +130,17 @@ class Sections(Strict):
     name: str | None = Field(default=None, min_length=1)
     score: ScoreSection | None = None
     adapter: AdapterSection | None = None
+    experts: list[ExpertEntry] | None = Field(default=None, min_length=1)
+    shared_experts: list[SharedExpert] | None = Field(default=None, min_length=1)
+    router: RouterSection | None = None
+    gate_mode: Mode | None = None
+    experts_per_token: StrictInt | None = Field(default=None, ge=1)
+    architecture: Architecture | None = None
+    format: Literal["routed", "dense", "peft"] | None = None
+    layers: list[StrictInt] | None = Field(default=None, min_length=1)
+    saved_modules: str | None = Field(default=None, min_length=1)
+    mixture: Label | None = None
+    drop: list[Any] = []
 
     @field_validator("shard_size", mode="before")
     @classmethod
@@ -115,6 +148,13 @@ class Sections(Strict):
         if parse_size(str(value)) < 1:
             raise ValueError("must be at least 1 byte")
         return str(value)
+
+    @field_validator("drop", mode="after")
+    @classmethod
+    def _drop(cls, value: list[Any]) -> list[Any]:
+        if any(type(entry) not in (int, str) for entry in value):
+            raise ValueError("must be a list of names of experts, or of their numbers from 0")
+        return value
 
     @property
     def tokens(self) -> TokenizerSection:
@@ -130,6 +170,15 @@ def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
     if "model" in data and "merge_method" not in data:  # one model, rewritten
         rest = {key: value for key, value in data.items() if key != "model"}
         data = {"merge_method": "passthrough", "models": [{"model": data["model"]}], **rest}
+    if "mixture" in data or "drop" in data:
+        _check_mixture(data, lines)  # its base, with other experts on it
+        data = {"merge_method": "passthrough", "models": [{"model": data["mixture"]}], **data}
+    elif "experts" in data:  # its base, with experts in its layers
+        _check_experts(data, lines)
+        rest = {key: value for key, value in data.items() if key != "base_model"}
+        data = {"merge_method": "passthrough", "models": [{"model": data["base_model"]}], **rest}
+    elif lone := next((key for key in OF_MIXTURES if key in data), None):
+        raise lines.error((lone,), f"{lone} is of a mixture; list its experts, or take it out")
     if "stop" in data and data["stop"] is None:
         what = "it must have eos, also or unify; {} stops where any of the models does"
         raise lines.error(("stop",), f"stop is empty; {what}")
@@ -164,6 +213,30 @@ def _check_adapter(sections: Sections, lines: Lines) -> None:
     ):
         if getattr(sections, key):
             raise lines.error((key,), f"adapter and {key} are both given; an adapter has no {key}")
+
+
+def _check_experts(data: dict[str, Any], lines: Lines) -> None:
+    if "base_model" not in data:
+        what = "experts need base_model, the model that everything else comes from"
+        raise lines.error(("experts",), what)
+    for key in ("merge_method", *KINDS, "model", "adapter", "include", "exclude", "parameters"):
+        if key in data:
+            what = "a mixture merges nothing: a merge can be a document of its own, and an expert by its name"
+            raise lines.error((key,), f"experts and {key} are both given; {what}")
+
+
+def _check_mixture(data: dict[str, Any], lines: Lines) -> None:
+    if "mixture" not in data:
+        what = "drop names experts of a mixture; write which, mixture: FOLDER"
+        raise lines.error(("drop",), what)
+    if not (KEYS_OF_CHANGE & data.keys()):
+        what = "mixture has nothing to change; write drop, experts or router"
+        raise lines.error(("mixture",), what)
+    known = {"mixture", *KEYS_OF_CHANGE, *BESIDE_CHANGE}
+    for key in data:
+        if key in Sections.model_fields and key not in known:
+            what = "what is kept of a mixture is copied"
+            raise lines.error((key,), f"mixture and {key} are both given; {what}")
 
 
 def _check_kinds(part: Sections | ModuleEntry, path: tuple[str, ...], lines: Lines) -> None:
@@ -207,6 +280,9 @@ _KINDS: dict[str, type[Strict]] = {
     "stop": StopSection,
     "unify": UnifySection,
     "chat_template": TemplateSection,
+    "experts": ExpertEntry,
+    "shared_experts": SharedExpert,
+    "router": RouterSection,
 }
 
 
