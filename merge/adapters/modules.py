@@ -3,26 +3,27 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from merge.anatomy import COUNTS, SIDE_COUNTS
 from merge.errors import SourceError
 from merge.sections import shown
-from merge.sources.model import Model, text_config
+from merge.sources.model import Model, read_json, text_config
 
 SECONDS, BYTES = 300, 8 << 30  # for building; 7 s and 0.4 GiB measured for 126 layers
 ASK = """
-import json, resource, sys
+import importlib, json, resource, sys
 from pathlib import Path
-from merge.adapters.modules import modules_of
 from merge.sources import Source
 from merge.sources.model import Model
-label, folder, most = sys.argv[1:]
+label, folder, most, module, function = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_DATA, (int(most), int(most)))
-found = modules_of(Model(label, Path(folder), json.load(sys.stdin), Source({}, print)))
-print(json.dumps(vars(found) | {"parents": sorted(found.parents)}))
+ask = getattr(importlib.import_module(module), function)
+found = ask(Model(label, Path(folder), json.load(sys.stdin), Source({}, print)))
+print(json.dumps(vars(found), default=sorted))
 """
 
 
@@ -44,7 +45,7 @@ def modules_of(model: Model) -> Modules:
 
     Raises SourceError where transformers has no such architecture; code that comes with a model is not run.
     """
-    built = _built(model)
+    built = built_model(model)
     tensors: dict[str, tuple[str, ...]] = {}
     for key in built.state_dict():
         module, _, leaf = key.rpartition(".")
@@ -62,24 +63,35 @@ def modules_of(model: Model) -> Modules:
 
 
 def asked_modules(model: Model) -> Modules:
-    """As modules_of, by a process of its own: torch and transformers take more memory than the rest, and a
-    config.json may ask for more than anyone has."""
+    """As modules_of, by a process of its own."""
+    told = asked(modules_of, model)
+    tensors = {module: tuple(leaves) for module, leaves in told["tensors"].items()}
+    parents = frozenset(told["parents"])
+    return Modules(tensors, told["linear"], parents, told["embedding"], told["head"])
+
+
+def asked(ask: Callable[[Model], Any], model: Model) -> dict[str, Any]:
+    """The fields of the dataclass that `ask(model)` gives in a process of its own, as JSON tells them: torch
+    and transformers take more memory than the rest, and a config.json may ask for more than anyone has.
+
+    ask: a function of a module, which looks at the folder and config of the model. Raises SourceError.
+    """
     _check_layers(model)
     # -P: a torch.py in the current folder is not what is meant
     command = [sys.executable, "-P", "-c", ASK, model.label, str(model.folder), str(BYTES)]
-    asked = json.dumps(dict(model.config))
+    command += [ask.__module__, ask.__name__]
+    config = json.dumps(dict(model.config))
     try:
-        done = subprocess.run(command, capture_output=True, text=True, input=asked, timeout=SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, input=config, timeout=SECONDS
+        )
     except subprocess.TimeoutExpired:
         what = f"transformers has not built what config.json describes in {SECONDS} seconds"
         raise SourceError(f"{model.label}: {what}; check its sizes") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         raise SourceError(last.removeprefix("merge.errors.SourceError: "))
-    told = json.loads(done.stdout.splitlines()[-1])
-    tensors = {module: tuple(leaves) for module, leaves in told["tensors"].items()}
-    parents = frozenset(told["parents"])
-    return Modules(tensors, told["linear"], parents, told["embedding"], told["head"])
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def _check_layers(model: Model) -> None:
@@ -94,7 +106,8 @@ def _check_layers(model: Model) -> None:
                 )
 
 
-def _built(model: Model) -> Any:
+def built_model(model: Model) -> Any:
+    """What transformers makes of a config.json, without values; raises SourceError."""
     import torch
     import transformers
 
@@ -103,14 +116,23 @@ def _built(model: Model) -> Any:
         kind = getattr(transformers, str(kinds[0]))
         if not issubclass(kind, transformers.PreTrainedModel):
             raise TypeError("is no model")
-        config = transformers.AutoConfig.from_pretrained(
-            model.folder, local_files_only=True, trust_remote_code=False
-        )
+        config = known_config(model.folder, model.config)
         with torch.device("meta"):
             return kind(config)
     except Exception as error:  # whatever a strange config makes transformers raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise SourceError(
             f"{model.label}: transformers cannot build {str(kinds[0])[:60]!r} ({reason}), so its modules are "
-            "not known; an adapter can be written for the architectures that it knows"
+            "not known; that takes an architecture that it knows"
         ) from None
+
+
+def known_config(folder: Path, table: Mapping[str, Any]) -> Any:
+    """What transformers makes of the config.json in `folder`; of `table`, where that is of another type: a
+    model that is seen inside of the one in the folder. Raises whatever transformers does."""
+    from transformers import AutoConfig
+
+    if read_json(folder / "config.json").get("model_type") == table.get("model_type"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    rest = {key: value for key, value in table.items() if key != "model_type"}
+    return AutoConfig.for_model(table["model_type"], **rest)

@@ -43,7 +43,7 @@ def with_adapter(model: Model, folder: Path, name: str, commit: str | None = Non
     Its changed tensors read as float32 and are written in the dtype of the base's. Raises SourceError for an
     adapter of another kind or of another base, before any values are read.
     """
-    config, adapter, found = _opened(model, folder)
+    config, adapter, found = opened_adapter(model, folder)
     adapted = _Adapted(model.source, adapter, found)
     public = f"{model.public_name}+{name}"
     return replace(
@@ -78,10 +78,15 @@ class KnownFactors:
     load: Callable[[], tuple[Array, Array]]
 
 
+def changed_by(model: Model, folder: Path) -> list[str]:
+    """The tensors of `model` that the adapter in `folder` changes; raises SourceError."""
+    return list(opened_adapter(model, folder)[2])
+
+
 def factors_of(model: Model, folder: Path) -> dict[str, KnownFactors] | None:
     """By tensor of `model`; None where the adapter in `folder` does more than to add products (DoRA, whole
     tensors, biases, token rows)."""
-    _, adapter, found = _opened(model, folder)
+    _, adapter, found = opened_adapter(model, folder)
     products = {name: change.product for name, change in found.items()}
     if any(p is None or p.magnitude or found[n] != Change(product=p) for n, p in products.items()):
         return None
@@ -102,11 +107,10 @@ def _factors(adapter: Source, product: Product) -> tuple[Array, Array]:
     return np.float32(product.scale) * b, np.ascontiguousarray(a)
 
 
-def _opened(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Change]]:
+def opened_adapter(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Change]]:
     """An adapter's config, its tensors, and what it changes of `model`; raises SourceError."""
     config = read_config(str(folder / ADAPTER), read_json(folder / ADAPTER))
-    weights = _weights(folder)
-    stored = (read_header if weights.name == ADAPTER_WEIGHTS else read_checkpoint)(weights)
+    stored = _stored(folder)
     kind = str(model.config.get("model_type"))
     found = changes(
         config, stored, model.source.tensors, label=model.label, model_type=kind,
@@ -114,6 +118,16 @@ def _opened(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Chang
     )  # fmt: skip
     _check_tied(model, config, found)
     return config, stored_source(stored), found
+
+
+def stored_adapter(folder: Path) -> Source:
+    """The tensors of the adapter in `folder` as they are stored."""
+    return stored_source(_stored(folder))
+
+
+def _stored(folder: Path) -> Mapping[str, TensorInfo]:
+    weights = _weights(folder)
+    return (read_header if weights.name == ADAPTER_WEIGHTS else read_checkpoint)(weights)
 
 
 def _growing(model: Model, folder: Path) -> Mapping[str, str]:
