@@ -181,22 +181,33 @@ def _check_finite(folder: Path, name: str, place: Place) -> None:
 
 
 def verify_adapter(folder: Path) -> dict[str, Any]:
-    """As verify_folder, of an adapter in PEFT's format."""
+    """As verify_folder, of an adapter in PEFT's format, or of several in folders of one."""
     told = (folder / PROVENANCE).is_file()
     try:
-        tensors = read_header(folder / ADAPTER_WEIGHTS)
-        read_json(folder / ADAPTER)
+        mixed = read_json(folder / ADAPTER).get("peft_type") == "XLORA"
         files: Any = read_json(folder / PROVENANCE).get("files") if told else {}
     except SourceError as error:
         raise VerifyError(str(error)) from None
     if told and not (isinstance(files, dict) and {ADAPTER_WEIGHTS, ADAPTER} <= files.keys()):
         raise VerifyError(f"{folder / PROVENANCE}: damaged; it lists the files of an adapter")
+    tensors = _headers(folder, [f"*/*/{ADAPTER_WEIGHTS}"] if mixed else [])
     for file, digest in files.items():
-        if Path(file).name != file or file_digest(folder / file) != digest:
+        outside = Path(file).is_absolute() or ".." in Path(file).parts
+        if outside or file_digest(folder / file) != digest:
             raise VerifyError(f"{folder / file}: its bytes changed since it was written")
     known = "all equal" if told else f"no {PROVENANCE}: headers checked only"
-    size = sum(info.nbytes for info in tensors.values())
+    size = sum(info.nbytes for info in tensors)
     return {"folder": str(folder), "tensors": len(tensors), "bytes": size, "digests": known}
+
+
+def _headers(folder: Path, within: Sequence[str]) -> list[TensorInfo]:
+    """The tensors of an adapter, and of the files in its folder that fit; raises VerifyError."""
+    others = sorted(file for pattern in within for file in folder.glob(pattern))
+    try:
+        found = [read_header(file) for file in (folder / ADAPTER_WEIGHTS, *others)]
+    except SourceError as error:
+        raise VerifyError(str(error)) from None
+    return [info for tensors in found for info in tensors.values()]
 
 
 def file_digest(file: Path) -> str:
@@ -206,87 +217,6 @@ def file_digest(file: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no name of a file"
         raise VerifyError(f"{file}: cannot be read: {reason}") from None
-
-
-def verify_loading(folder: Path) -> dict[str, Any]:
-    """{"loads_as": class}; raises VerifyError unless transformers finds each tensor in its place, and
-    RequestError for an adapter.
-
-    Files of this folder alone are used, and no code of the model's authors.
-    """
-    if holds_adapter(folder):
-        todo = "merge it into its base (model: base+adapter) and load the result"
-        raise RequestError(f"{folder}: is an adapter, which does not load without its base; {todo}")
-    import transformers
-
-    names = read_json(folder / "config.json").get("architectures")
-    named = [
-        getattr(transformers, str(n), None) for n in (names if isinstance(names, list) else ())
-    ]
-    loaders = [transformers.AutoModelForCausalLM, *filter(None, named), transformers.AutoModel]
-    told = transformers.logging.get_verbosity()
-    bar = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        _check_size(folder)
-        model, found = _loaded(folder, loaders)
-    finally:
-        transformers.logging.set_verbosity(told)
-        if bar:
-            transformers.logging.enable_progress_bar()
-    for what, problem in (
-        ("missing_keys", "is missing"),
-        ("unexpected_keys", "is not expected"),
-        ("mismatched_keys", "has another shape than expected"),
-    ):
-        for name in sorted(map(str, found.get(what) or ())):
-            raise VerifyError(
-                f"{folder}: tensor {name!r} {problem} when loaded as {type(model).__name__}"
-            )
-    return {"loads_as": type(model).__name__}
-
-
-def _check_size(folder: Path) -> None:
-    """Raises VerifyError where config.json describes a far larger model, which would fill the memory."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):  # shapes alone
-            body = AutoModel.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise VerifyError(
-            f"{folder}: cannot be loaded with transformers: {_reason(error)}"
-        ) from None
-    described = sum(parameter.numel() for parameter in body.parameters())
-    stored = sum(info.rows * info.cols for info in open_safetensors(folder).tensors.values())
-    if described > 2 * stored:
-        raise VerifyError(
-            f"{folder}: config.json describes {described} parameters, but the files hold {stored}"
-        )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _loaded(folder: Path, loaders: Iterable[Any]) -> tuple[Any, dict[str, Any]]:
-    """(model, loading info) by the first loader that knows this kind of model."""
-    reason = ""
-    for loader in loaders:
-        try:
-            return loader.from_pretrained(  # type: ignore[no-any-return]
-                folder,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told in the loading info
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        except Exception as error:  # whatever a modelling file of transformers raises
-            reason = reason or _reason(error)
-    raise VerifyError(f"{folder}: cannot be loaded with transformers: {reason}")
 
 
 def check_stored(

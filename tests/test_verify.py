@@ -12,9 +12,10 @@ import pytest
 from families import drawn, family, ties_recipe, typed, write_model, write_tensors
 
 from merge.errors import RequestError, VerifyError
+from merge.experts.loading import check_loads
 from merge.pipeline import run_recipe
 from merge.sources.weights import open_safetensors
-from merge.verify import verify_folder, verify_loading
+from merge.verify import verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +223,14 @@ def test_a_tensor_that_transformers_does_not_place_is_named(
     loadable: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], part: str
 ) -> None:
     model = shutil.copytree(loadable, tmp_path / "m")
-    assert verify_loading(model) == {"loads_as": "LlamaForCausalLM"}
+    assert check_loads(model) == {
+        "loads_as": "LlamaForCausalLM",
+        "compared": True,
+        "forward": True,
+    }
     rewritten(model, change)
     with pytest.raises(VerifyError) as caught:
-        verify_loading(model)
+        check_loads(model)
     assert part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -238,18 +243,25 @@ def test_a_model_that_transformers_does_not_know_is_one_line(
         '{"model_type": "no_such_model", "architectures": ["NoSuchModel"]}'
     )
     with pytest.raises(VerifyError, match="cannot be loaded with transformers") as caught:
-        verify_loading(model)
+        check_loads(model)
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"num_hidden_layers": 20}, "num_hidden_layers 20, but the files hold 12 tensors"),
+        ({"intermediate_size": 4000}, r"\d+ parameters, but the files hold \d+"),
+    ],
+)
 def test_a_config_of_a_larger_model_is_found_before_it_fills_the_memory(
-    loadable: Path, tmp_path: Path
+    loadable: Path, tmp_path: Path, change: dict[str, int], what: str
 ) -> None:
     model = shutil.copytree(loadable, tmp_path / "m")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 20}))
-    with pytest.raises(VerifyError, match=r"config\.json describes \d+ parameters, but the files"):
-        verify_loading(model)
+    (model / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(VerifyError, match=rf"config\.json describes {what}"):
+        check_loads(model)
 
 
 def test_a_model_that_is_no_language_model_loads_as_what_it_says(tmp_path: Path) -> None:
@@ -264,4 +276,8 @@ def test_a_model_that_is_no_language_model_loads_as_what_it_says(tmp_path: Path)
         patch_size=4,
     )
     ViTForImageClassification(config).save_pretrained(tmp_path / "m")
-    assert verify_loading(tmp_path / "m") == {"loads_as": "ViTForImageClassification"}
+    assert check_loads(tmp_path / "m") == {
+        "loads_as": "ViTForImageClassification",
+        "compared": True,
+        "forward": False,  # it takes no tokens
+    }

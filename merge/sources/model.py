@@ -23,7 +23,7 @@ class Model:
     `adapters`. `computed`: it is a merge that is
     not written, with the folder of the model that lends its files. `name`: what may be told to others,
     where neither label nor folder does. `notes`: doubts that came up as it was opened. `zeros`: nothing of
-    it but names and shapes counts.
+    it but names and shapes counts. `within`: the mixture of adapters that it is the base inside of.
     """
 
     label: str
@@ -37,6 +37,7 @@ class Model:
     name: str = ""
     notes: tuple[str, ...] = ()
     zeros: bool = False
+    within: "Model | None" = None
 
     @property
     def public_name(self) -> str:

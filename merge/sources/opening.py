@@ -25,16 +25,18 @@ def open_model(
     fetch: Fetch | None = None,
     peek: Peek | None = None,
     fetch_adapter: Fetch | None = None,
+    seen_as: Callable[[Model], Model] | None = None,
 ) -> Model:
     """The model that `label` names, with its adapters; raises SourceError.
 
     beside: folders that relative paths may start from, after the current one. fetch(repo, revision)
     -> (folder, commit) gets a model from the hub; None means that this is not wanted. peek(repo,
     revision) -> (folder, commit, source) is taken instead where only headers are needed.
-    fetch_adapter: as fetch, for adapters.
+    fetch_adapter: as fetch, for adapters. seen_as: what the model is taken for, before adapters come onto it.
     """
     base, *adapters = _parts(label, beside)
     model = _open_plain(base, beside, fetch, peek)
+    model = seen_as(model) if seen_as else model
     for part in adapters:
         folder, commit = locate(part, beside, fetch_adapter)
         if (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
