@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from merge.errors import RequestError, ScoreError
+from merge.experts.trust import may_run_code
 from merge.shipped import shipped
 
 TINY = 64 << 20  # bytes of weights
@@ -204,9 +205,14 @@ def _load(folder: Path, label: str, batch_size: int) -> Any:
     dtype = torch.float32 if device == "cpu" and size <= FLOAT32_LIMIT else "auto"
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise ScoreError(f"{label}: has no tokenizer files; scoring needs them")
+    remote = may_run_code(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=remote
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ScoreError(f"{label}: cannot be loaded for scoring: {first}") from None

@@ -29,6 +29,7 @@ from merge.verify import Place, check_stored, stored_digest
 
 ALIGNMENT = 4096  # bytes, a page: what starts there is written and read twice as fast
 LOCK, JOURNAL, MODEL, REPLACED = "lock", "journal.jsonl", "model", "replaced"
+TRAINING = "training"  # where a training of routers stands
 
 
 @dataclass(frozen=True)
@@ -343,7 +344,7 @@ def check_own(partial: Path) -> None:
     if not partial.exists() and not partial.is_symlink():
         return
     names = {p.name for p in partial.iterdir()} if partial.is_dir() else {"a file"}
-    if not names <= {LOCK, JOURNAL, MODEL, REPLACED} or names == {MODEL}:
+    if not names <= {LOCK, JOURNAL, MODEL, REPLACED, TRAINING} or names == {MODEL}:
         raise OutputError(
             f"{partial}: is needed for the unfinished merge, but holds something else; move it "
             f"or choose another output"
