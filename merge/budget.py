@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from merge.errors import PlanError
 from merge.fuse import available
 from merge.numerics import grain_rows
-from merge.plan import Operand, Plan, Step
+from merge.plan import Operand, Plan, Step, every_step
 from merge.sections import parse_size
 
 RESERVED = 80 << 20  # bytes: interpreter, numpy, libraries; 40 to 55 MiB measured
@@ -90,7 +90,7 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
     blocks = max((_block_bytes(plan, step, block) for step in steps), default=0)
     arrays = int(SLACK * max((_array_bytes(step) for step in steps), default=0))
     reserved = RESERVED + PER_INPUT * sum(len(step.inputs) for step in plan.steps)
-    reserved += sum(model.source.held for model in plan.models)
+    reserved += sum(plan.models[index].source.held for index in _models_read(plan))
     files = plan.tokens.files.values() if plan.tokens else ()
     reserved += sum(len(text) for text in files if isinstance(text, bytes))
     if plan.fillings:  # the vocabularies are kept, and one is made again to ask it for pieces
@@ -100,6 +100,11 @@ def _base(plan: Plan, fuse: bool, threads: int, block: int) -> int:
         trial = 4 * max((_grain_bytes(step) for step in steps), default=0)
         return reserved + COMPILER + threads * (blocks + _beside_loops(steps)) + arrays + trial
     return reserved + threads * (blocks + arrays)
+
+
+def _models_read(plan: Plan) -> set[int]:
+    """Those that any step reads; of a mixture's adapters others may be read in their place."""
+    return {operand.model for step in every_step(plan.steps) for operand in step.inputs}
 
 
 def _with_holds(plan: Plan, threads: int, block: int, base: int, cap: int, fuse: bool) -> Budget:
