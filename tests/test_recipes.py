@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from merge.experts.loading import check_loads
 from merge.pipeline import run_recipe
 from merge.shipped import shipped
-from merge.verify import verify_loading
 
 RECIPES = sorted(shipped("recipes").glob("*.yaml"))
 
@@ -18,7 +18,7 @@ def test_runs_and_loads(recipe: Path, tmp_path: Path) -> None:
     if result.plan.recipe.sections.adapter:
         _put_on_base(result.folder)
     else:
-        verify_loading(result.folder)
+        check_loads(result.folder)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)

@@ -108,7 +108,7 @@ def results(scratch: Path) -> Iterator[tuple[str, Path, list[str]]]:
     """Names and folders of results, with questions for their chats."""
     from merge.pipeline import run_recipe
     from merge.sources.opening import open_model
-    from merge.tokens.doctor import compared, recipe_lines
+    from merge.tokens.doctor import diagnosed, recipe_lines
 
     files = [ROOT / f"evals/suites/quickstart/data/{s}.heldout.jsonl" for s in ("reverse", "roman")]
     prompts = [json.loads(line)["prompt"] for f in files for line in f.read_text().splitlines()[:8]]
@@ -120,7 +120,7 @@ def results(scratch: Path) -> Iterator[tuple[str, Path, list[str]]]:
         from german import german_models  # type: ignore[import-not-found]
 
         models = [str(folder) for folder in german_models(scratch, scratch / "real").values()]
-        lines = recipe_lines(compared([open_model(folder) for folder in models]))
+        lines = recipe_lines(diagnosed([open_model(folder) for folder in models], load=False))
         listed = ", ".join(f"{{model: {folder}, parameters: {{weight: 1}}}}" for folder in models)
         (scratch / "r.yaml").write_text(f"merge_method: linear\nmodels: [{listed}]\n{lines}")
         yield "german", run_recipe(scratch / "r.yaml", scratch / "out").folder, ["Geht es?"]

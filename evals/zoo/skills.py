@@ -11,7 +11,7 @@ Every prompt belongs to exactly one of three splits, decided by its own hash: th
 on `train`, searches look at `search`, and reported scores come from `heldout`. No list of used
 prompts is needed to keep the splits apart.
 
-    python evals/zoo/skills.py    # writes evals/suites/quickstart/data; the bytes never change
+    python evals/zoo/skills.py    # writes evals/suites/quickstart/data and texts; the bytes never change
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ HALVES = ("familiar", "new")
 SPLITS = ("train", "search", "heldout")
 DATA = Path(__file__).resolve().parent.parent / "suites" / "quickstart" / "data"
 DOCUMENTS = {"search": 200, "heldout": 300}
+TEXTS = Path(__file__).resolve().parent / "texts"
+LINES = 300  # of each file of TEXTS
 
 SYMBOLS = (  # noqa: SIM905
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se "
@@ -123,7 +125,7 @@ def documents(skill: str, split: str) -> list[Example]:
     """The examples of one data file: the halves take turns; prompts all different, always the same."""
     rng = random.Random(f"{skill} {split}")
     found: dict[str, Example] = {}
-    while len(found) < DOCUMENTS[split]:
+    while len(found) < DOCUMENTS.get(split, LINES):
         example = draw(skill, HALVES[len(found) % 2], split, rng)
         found.setdefault(example.prompt, example)
     return list(found.values())
@@ -137,14 +139,27 @@ def data_files() -> Iterator[tuple[str, str]]:
             yield f"{skill}.{split}.jsonl", "\n".join(rows) + "\n"
 
 
-def write_data(folder: Path) -> None:
-    """Write the data files of the suite into the folder."""
+def text_files() -> Iterator[tuple[str, str]]:
+    """Name and text of every file to train on: one JSON object a line, `prompt` and `completion`."""
+    for skill in SKILLS:
+        found = documents(skill, "train")
+        rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) for e in found]
+        yield f"{skill}.jsonl", "\n".join(rows) + "\n"
+
+
+def write_files(folder: Path, files: Iterator[tuple[str, str]]) -> None:
+    """Write these files into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in data_files():
+    for name, text in files:
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the data files of the quickstart suite.")
+    parser = argparse.ArgumentParser(
+        description="Write the data of the quickstart suite and the texts to train on."
+    )
     parser.add_argument("--out", type=Path, default=DATA, help="folder (the suite's data)")
-    write_data(parser.parse_args().out)
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of texts to train on")
+    asked = parser.parse_args()
+    write_files(asked.out, data_files())
+    write_files(asked.texts, text_files())
