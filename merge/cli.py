@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,43 +10,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from merge.errors import MergetoolError, RequestError
+from merge.experts.commands import routing_command, train_router_command
+from merge.options import JSON, MEMORY, OFFLINE, OUTPUT, THREADS, TRUST, progress
 from merge.tokens.codes import CODES
 
 if TYPE_CHECKING:
     from merge.plan import Plan
     from merge.sources.model import Model
     from merge.tokens.findings import Finding
-
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
-
-
-def _a_size(context: click.Context, option: click.Parameter, value: str) -> str:
-    from merge.sections import parse_size
-
-    try:
-        parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    return value
-
-
-MEMORY = click.option(
-    "--memory",
-    default="512MiB",
-    show_default=True,
-    callback=_a_size,
-    help="Cap on this process's memory.",
-)
-THREADS = click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads; default: one per core."
-)
-OFFLINE = click.option("--offline", is_flag=True, help="Take hub models from the cache alone.")
-OUTPUT = click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Output folder, instead of the recipe's.",
-)
 
 
 class _Group(click.Group):
@@ -130,7 +100,7 @@ def run_command(
     scoring = _scoring_wanted(file, wanted)
     result = run_recipe(
         file, output, memory=memory, threads=threads, restart=restart,
-        overwrite=overwrite, offline=offline, progress=_progress,
+        overwrite=overwrite, offline=offline, progress=progress,
     )  # fmt: skip
     report: dict[str, Any] = {
         "output": str(result.folder),
@@ -170,6 +140,9 @@ def _scoring_wanted(file: Path, wanted: bool | None) -> Any:
     if sections.adapter:
         todo = "merge it into its base (model: base+adapter) and score that"
         raise RequestError(f"{file}: --score: the result is an adapter; {todo}")
+    if sections.experts and sections.format == "peft":
+        todo = "score the same experts in the routed format"
+        raise RequestError(f"{file}: --score: the result is a folder of adapters; {todo}")
     check_installed()
     return section, Suite.named(section.suite)
 
@@ -208,7 +181,7 @@ def _scored_beside_parents(result: Any, section: Any, suite: Any) -> Any:
     parents = [m for m in stored if not m.beside]
     folders = [result.folder, *(m.folder for m in parents)]
     labels = [result.folder.name, *(m.label for m in parents)]
-    with _progress("score", len(folders) * len(suite.tasks)) as count:
+    with progress("score", len(folders) * len(suite.tasks)) as count:
         return score_models(folders, suite, labels=labels, limit=section.limit, progress=count)
 
 
@@ -281,9 +254,12 @@ def _say_plan(plan: "Plan", facts: dict[str, Any], place: str, memory: str) -> N
     based = any(piece.task_vectors for piece in plan.recipe.slices)
     count = sum(not model.computed for model in plan.models) - based
     models = f"{count} model{'s' * (count != 1)}{' on a base' if based else ''}"
-    click.echo(f"{facts['method']} of {models}, {len(plan.steps)} tensors")
+    experts = len(plan.recipe.sections.experts or ())
+    what = f"mixture of {experts} experts" if experts else f"{facts['method']} of {models}"
+    click.echo(f"{what}, {len(plan.steps)} tensors")
     for i, model in enumerate(plan.models):
-        role = "  (base)" if i == plan.base else "  (merged on the way)" if model.computed else ""
+        between = "  (merged on the way)" if model.label in plan.recipe.stages else "  (computed)"
+        role = "  (base)" if i == plan.base else between if model.computed else ""
         click.echo(f"  {model.label}{role}")
     free, peak = _bytes(facts["free_bytes"]), f"{facts['peak_bytes'] / 2**20:.0f} MiB"
     click.echo(f"reads          {_bytes(plan.read_bytes)}")
@@ -300,21 +276,23 @@ def _say_plan(plan: "Plan", facts: dict[str, Any], place: str, memory: str) -> N
 @click.option(
     "--load",
     is_flag=True,
-    help="Also load it with transformers: no missing, no unexpected tensors.",
+    help="Also load it with transformers: every tensor in its place, finite outputs.",
 )
+@TRUST
 @JSON
-def verify_command(folder: Path, load: bool, as_json: bool) -> None:
+def verify_command(folder: Path, load: bool, trusted: bool, as_json: bool) -> None:
     """Checks that a written model in FOLDER is whole: every tensor against its digest.
 
     Example: mergetool verify out/merged --load
     """
-    from merge.verify import verify_folder, verify_loading
+    from merge.experts.loading import check_loads
+    from merge.verify import verify_folder
 
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    with _progress("verify", size) as count:
+    with progress("verify", size) as count:
         facts = verify_folder(folder, progress=count)
     if load:
-        facts |= verify_loading(folder)
+        facts |= check_loads(folder, trusted=trusted)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -322,7 +300,16 @@ def verify_command(folder: Path, load: bool, as_json: bool) -> None:
         f"{folder}: {facts['tensors']} tensors, {_bytes(facts['bytes'])}, digests: {facts['digests']}"
     )
     if load:
-        click.echo(f"{folder}: loads as {facts['loads_as']}; no tensor missing, none unexpected")
+        click.echo(f"{folder}: {_said_loading(facts)}")
+
+
+def _said_loading(facts: dict[str, Any]) -> str:
+    what = f"loads as {facts['loads_as']}; no tensor missing, none unexpected"
+    if not facts["compared"]:
+        return f"{what}; names and shapes alone: the free memory does not hold its values"
+    return f"{what}, every bit in its place" + (
+        "; its outputs are finite" if facts["forward"] else ""
+    )
 
 
 def _told_codes() -> str:
@@ -416,7 +403,7 @@ def score_command(
 
     opened = Suite.named(suite, split=split)
     folders = [open_for_scoring(m, offline=offline) for m in models]
-    with _progress("score", len(models) * len(opened.tasks)) as count:
+    with progress("score", len(models) * len(opened.tasks)) as count:
         scores = score_models(folders, opened, labels=list(models), limit=limit, progress=count)
     click.echo(json.dumps(scores.as_json(), indent=1) if as_json else table(scores))
 
@@ -503,28 +490,8 @@ def _bytes(size: int) -> str:
     return shown_bytes(size)
 
 
-@contextmanager
-def _progress(stage: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes per second and time left; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from threading import Lock
-
-    from tqdm import tqdm
-
-    lock = Lock()
-    in_bytes = stage != "score"
-    with tqdm(
-        total=total, desc=stage, unit="B" if in_bytes else "task", unit_scale=in_bytes, leave=False
-    ) as bar:
-
-        def count(n: int) -> None:
-            with lock:
-                bar.update(n)
-
-        yield count
-
+main.add_command(routing_command)
+main.add_command(train_router_command)
 
 if __name__ == "__main__":
     main()

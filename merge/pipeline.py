@@ -18,6 +18,8 @@ from merge.budget import (
 )
 from merge.carry import CARD, carry_files, model_card, provenance
 from merge.errors import SourceError
+from merge.experts.loading import check_loads
+from merge.experts.peft_writing import is_adapters, run_peft
 from merge.lines import nearest
 from merge.output import (
     Progress,
@@ -32,6 +34,7 @@ from merge.output import (
 from merge.plan import Plan, output_folder
 from merge.planner import make_plan, model_labels
 from merge.recipe import Recipe, load_recipe
+from merge.sources.inside import base_inside
 from merge.sources.model import Model, read_json
 from merge.sources.opening import is_adapter, locate, open_model
 from merge.stream import run
@@ -94,7 +97,8 @@ def _lending(recipe: Recipe, label: str) -> str:
 
 
 def _where_model(recipe: Recipe, label: str) -> str:
-    named = (each for each in (recipe, *recipe.stages.values()) if label in each.labels)
+    every = (recipe, *recipe.stages.values())
+    named = (each for each in every if label in (*each.labels, *each.expert_labels))
     return next(named, recipe).where_model(label)
 
 
@@ -112,6 +116,7 @@ def _opened(label: str, recipe: Recipe, offline: bool, peek: bool) -> Model:
         partial(hub.fetch, offline=offline),
         partial(hub.peek, offline=offline) if peek else None,
         partial(hub.fetch_adapter, offline=offline),
+        base_inside if recipe.sections.mixture else None,
     )
     return replace(model, label=label)
 
@@ -144,16 +149,19 @@ def run_recipe(
     overwrite: bool = False,
     offline: bool = False,
     fuse: bool | None = None,
+    load: bool = True,
     progress: Progress = quiet,
 ) -> Result:
     """Merges, writes and verifies what the recipe in `file` asks for; goes on where a run was cut off.
+
+    load: a mixture is also loaded with transformers before it is put in its place.
 
     Raises RequestError before anything is written, RunError afterwards.
     """
     plan = plan_recipe(file, memory=memory, offline=offline)
     keep_freed_memory()
     budget = budget_of(plan, memory, threads, fuse=fuse)
-    if plan.recipe.sections.adapter:
+    if plan.recipe.sections.adapter or is_adapters(plan):
         return _run_adapter(plan, budget, output, restart, overwrite, progress)
     folder = usable(output_folder(plan.recipe, output), plan)
     check_own(partial_of(folder))
@@ -165,6 +173,29 @@ def run_recipe(
         return Result(folder, plan, budget, True, 0, verified, _rows_made(folder))
     check_disk(plan, folder)
     check_open_files(plan)
+    check = check_loads if load and plan.recipe.mixes else None
+    verified, taken_up = written(
+        plan, budget, folder, model_card(plan), restart=restart, progress=progress, check=check
+    )
+    return Result(folder, plan, budget, False, taken_up, verified, _rows_made(folder))
+
+
+def written(
+    plan: Plan,
+    budget: Budget,
+    folder: Path,
+    card: str,
+    *,
+    restart: bool,
+    progress: Progress,
+    check: Callable[[Path], dict[str, Any]] | None = None,
+) -> tuple[dict[str, Any], int]:
+    """Writes the plan's model with this card into `folder`, verified and whole; (what was verified, how many
+    tensors an interrupted run had finished). Raises RunError.
+
+    check: looks at the model before it is put in its place, as check_loads does: names that transformers does
+    not know stay random there.
+    """
     with PartialFolder(folder, plan, threads=budget.threads, restart=restart) as growing:
         pending = list(growing.pending())
         size = sum(s.nbytes + sum(o.info.nbytes for o in s.inputs) for s in pending)
@@ -172,13 +203,13 @@ def run_recipe(
             run(plan, budget, growing, pending, count)
         carry_files(plan, growing.model)
         growing.close_files()
-        growing.write_text(CARD, model_card(plan))
+        growing.write_text(CARD, card)
         growing.write_text(PROVENANCE, provenance(plan, growing.digests, growing.inputs))
         verified = _verified(growing.model, budget, progress, read_back=growing.offsets())
+        if check:
+            verified |= check(growing.model)
         growing.publish()
-    taken_up = len(plan.steps) - len(pending)
-    verified |= {"folder": str(folder)}
-    return Result(folder, plan, budget, False, taken_up, verified, _rows_made(folder))
+    return verified | {"folder": str(folder)}, len(plan.steps) - len(pending)
 
 
 def _run_adapter(
@@ -189,7 +220,7 @@ def _run_adapter(
     overwrite: bool,
     progress: Progress,
 ) -> Result:
-    """As run_recipe, where the recipe says that the result is an adapter."""
+    """As run_recipe, where the recipe says that the result is an adapter, or adapters for PEFT."""
     folder = usable(output_folder(plan.recipe, output), plan)
     check_own(partial_of(folder))
     if overwrite:
@@ -199,6 +230,11 @@ def _run_adapter(
         return Result(folder, plan, budget, True, 0, verify_adapter(folder))
     check_open_files(plan)
     inputs = adapter_inputs(plan, budget.threads, progress)
+    if is_adapters(plan):
+        check_disk(plan, folder)
+        with progress("copy", 2 * plan.write_bytes) as count:
+            verified = run_peft(plan, folder, inputs, restart=restart, progress=count)
+        return Result(folder, plan, budget, False, 0, verified)
     size = 2 * sum(4 * step.rows * step.cols for step in plan.steps)
     with progress("extract", size) as count:
         report, verified = run_adapter(

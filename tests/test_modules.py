@@ -12,8 +12,8 @@ from methods.cases import read_values
 from real import SMALL, loaded, saved
 
 from merge.errors import PlanError
+from merge.experts.loading import check_loads
 from merge.pipeline import plan_recipe, run_recipe
-from merge.verify import verify_loading
 
 VISION = {
     "hidden_size": 16,
@@ -108,7 +108,7 @@ def test_the_text_tower_is_merged_and_the_rest_carried_bit_for_bit(seeing: Path)
             assert np.array_equal(values, v[name])
     assert {step.dtype for step in result.plan.steps if is_text(step.name)} == {"BF16"}
     assert {step.dtype for step in result.plan.steps if not is_text(step.name)} == {"F32"}
-    verify_loading(result.folder)
+    check_loads(result.folder)
 
 
 def test_a_model_of_text_alone_is_merged_into_the_text_tower(seeing: Path) -> None:
@@ -231,5 +231,5 @@ def _header(file: Path) -> bytes:
 def test_whole_models_of_parts_merge_with_one_recipe(seeing: Path) -> None:
     result = run_recipe(written(seeing, merge_method="linear", **linear("v", "w")), seeing / "out")
     assert not any(step.copy for step in result.plan.steps)
-    verify_loading(result.folder)
+    check_loads(result.folder)
     assert contents(result.folder)["config.json"] == contents(seeing / "v")["config.json"]

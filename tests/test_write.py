@@ -27,8 +27,9 @@ from ran import Ran
 from safetensors import safe_open
 
 from merge.errors import NonFiniteError, OutputError
+from merge.experts.loading import check_loads
 from merge.pipeline import plan_recipe, run_recipe
-from merge.verify import verify_folder, verify_loading
+from merge.verify import verify_folder
 from merge.write import ALIGNMENT, PartialFolder, layout
 
 
@@ -111,7 +112,7 @@ def test_transformers_loads_it_without_a_missing_tensor_and_generates(
     files = sorted(p.name for p in out.glob("*.safetensors"))
     assert (files == ["model.safetensors"]) == (kind == "single")
     assert (out / "model.safetensors.index.json").is_file() == (kind == "sharded")
-    assert verify_loading(out) == {"loads_as": "LlamaForCausalLM"}
+    assert check_loads(out)["loads_as"] == "LlamaForCausalLM"
     model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
     prompt = tokenizer("w5 w6 w7", return_tensors="pt")

@@ -187,7 +187,7 @@ def _moved_ids(vocabulary: Vocabulary) -> Iterator[Finding]:
     """The library that reads tokenizer.json gives an added token the id of the piece with its text, else it
     counts on from the number of pieces in the order of the file, whatever id the file says."""
     free, moved = len(vocabulary.pieces), {}
-    for token in tables(vocabulary.tokenizer.get("added_tokens")):
+    for token in vocabulary.tokenizer.get("added_tokens") or ():
         gets = vocabulary.pieces.get(token["content"], free)
         free += token["content"] not in vocabulary.pieces
         if gets != token["id"]:

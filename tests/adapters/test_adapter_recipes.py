@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from merge.adapters.modules import modules_of
 from merge.adapters.run import adapter_budget, run_adapter
 from merge.errors import OutputError, PlanError, RecipeError, RequestError, VerifyError
+from merge.experts.loading import check_loads
 from merge.methods import all_methods
 from merge.pipeline import plan_recipe, run_recipe
-from merge.verify import verify_folder, verify_loading
+from merge.verify import verify_folder
 
 RUN = """
 import os, signal, sys
@@ -262,7 +263,7 @@ def test_a_damaged_provenance_is_found(adapters: Path, text: str) -> None:
 
 def test_an_adapter_is_not_loaded_without_its_base(adapters: Path) -> None:
     with pytest.raises(RequestError, match=r"is an adapter.* merge it into its base"):
-        verify_loading(adapters / "a")
+        check_loads(adapters / "a")
 
 
 @pytest.mark.parametrize(
