@@ -12,6 +12,7 @@ import click
 from merge.errors import MergetoolError, RequestError
 from merge.experts.commands import routing_command, train_router_command
 from merge.options import JSON, MEMORY, OFFLINE, OUTPUT, THREADS, TRUST, progress
+from merge.search.commands import evolve, sweep
 from merge.tokens.codes import CODES
 
 if TYPE_CHECKING:
@@ -463,6 +464,10 @@ def _method_facts(method: Any) -> dict[str, Any]:
             for p in method.parameters.values()
         ],
     }
+
+
+main.add_command(evolve)
+main.add_command(sweep)
 
 
 def find_recipe(name: str) -> Path:

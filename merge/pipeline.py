@@ -70,15 +70,28 @@ def plan_recipe(
 
     peek: of models on the hub only the headers are fetched; such a plan can be shown but not run.
     """
-    recipe = load_recipe(file)
-    models = {}
+    return plan_parsed(load_recipe(file), memory=memory, offline=offline, peek=peek)
+
+
+def plan_parsed(
+    recipe: Recipe,
+    *,
+    memory: str = DEFAULT_MEMORY,
+    offline: bool = False,
+    peek: bool = False,
+    opened: dict[str, Model] | None = None,
+) -> Plan:
+    """As plan_recipe. opened: models that stay open from plan to plan, by label; new ones are added."""
+    known = {} if opened is None else opened
     for label in model_labels(recipe):
         try:
-            models[label] = _opened(label, recipe, offline, peek)
+            if label not in known:
+                known[label] = _opened(label, recipe, offline, peek)
         except SourceError as error:
             raise SourceError(
                 f"{_where_model(recipe, label)}: {_lending(recipe, label)}{error}"
             ) from None
+    models = {label: known[label] for label in model_labels(recipe)}
     plan = make_plan(recipe, models, threads_and_cap(memory, None)[1])
     if recipe.sections.adapter:
         if zeros := on_zeros(plan, recipe, models):

@@ -130,8 +130,8 @@ def score_models(
     Raises RequestError where lm-eval is not installed, ScoreError where a model cannot be scored.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _quiet_libraries(), _few_threads(folders):
-        harness = _harness(suite)
+    with quiet_libraries(), few_threads(max(map(_weight_bytes, folders))):
+        harness = task_manager(suite)
         scored = []
         for folder, label in zip(folders, labels, strict=True):
             scored.append(_scored_model(folder, label, suite, harness, limit, progress))
@@ -187,7 +187,7 @@ def check_installed() -> None:
         raise RequestError("scoring needs lm-eval; install mergetool[eval]")
 
 
-def _harness(suite: Suite) -> Any:
+def task_manager(suite: Suite) -> Any:
     check_installed()
     from lm_eval.tasks import TaskManager
 
@@ -196,13 +196,9 @@ def _harness(suite: Suite) -> Any:
 
 
 def _load(folder: Path, label: str, batch_size: int) -> Any:
-    import torch
-    from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = _weight_bytes(folder)
-    dtype = torch.float32 if device == "cpu" and size <= FLOAT32_LIMIT else "auto"
+    dtype, device = scoring_dtype(_weight_bytes(folder))
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         raise ScoreError(f"{label}: has no tokenizer files; scoring needs them")
     remote = may_run_code(folder)
@@ -217,11 +213,26 @@ def _load(folder: Path, label: str, batch_size: int) -> Any:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ScoreError(f"{label}: cannot be loaded for scoring: {first}") from None
     model.to(device).eval()
-    _check_logits(model, tokenizer, label)
+    check_logits(model, tokenizer, label)
+    return lm_of(model, tokenizer, batch_size)
+
+
+def scoring_dtype(size: int = 0) -> tuple[Any, str]:
+    """(dtype, device) in which a model of so many bytes is scored: float32 on a CPU where it fits."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.float32 if device == "cpu" and size <= FLOAT32_LIMIT else "auto", device
+
+
+def lm_of(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's view of a live model."""
+    from lm_eval.models.huggingface import HFLM
+
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def _check_logits(model: Any, tokenizer: Any, label: str) -> None:
+def check_logits(model: Any, tokenizer: Any, label: str) -> None:
     """Weights with NaN would score as if nothing were wrong; one forward pass shows them."""
     import torch
 
@@ -235,12 +246,12 @@ def _check_logits(model: Any, tokenizer: Any, label: str) -> None:
 
 
 @contextmanager
-def _few_threads(folders: Sequence[Path]) -> Iterator[None]:
-    """One thread for tiny models: two spend their time waiting for each other."""
+def few_threads(size: int) -> Iterator[None]:
+    """One thread for models of few bytes: two spend their time waiting for each other."""
     import torch
 
     before = torch.get_num_threads()
-    if max(_weight_bytes(folder) for folder in folders) < TINY:
+    if size < TINY:
         torch.set_num_threads(1)
     try:
         yield
@@ -253,7 +264,7 @@ def _weight_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keeps warnings and bars of the libraries from between the lines of the command."""
     names = ("lm_eval", "lm-eval", "transformers", "datasets")
     before = {name: logging.getLogger(name).level for name in names}

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, StrictInt, ValidationError, field_validator
 
@@ -11,6 +11,8 @@ from merge.errors import RecipeError
 from merge.experts.sections import Architecture, ExpertEntry, Mode, RouterSection, SharedExpert
 from merge.fields import Dtype, Label, Parameters, Pattern, Strict
 from merge.lines import Lines, nearest
+from merge.search.sections import StudySection
+from merge.search.space import varying
 from merge.tokens.sections import (
     StopSection,
     TemplateSection,
@@ -19,6 +21,7 @@ from merge.tokens.sections import (
     UnifySection,
 )
 
+Section = TypeVar("Section", bound=Strict)
 WORDS = {
     "model_type": "it must be a table of keys",
     "dict_type": "it must be a table of keys",
@@ -53,8 +56,8 @@ OF_MIXTURES = (
     *("format", "layers", "saved_modules"),
 )
 LATER = {
-    "genome": "this is a search of mergekit-evolve, which cannot be run yet; write one candidate as a "
-    "recipe with merge_method and models",
+    "genome": "this is a search of mergekit-evolve; write it as a recipe with merge_method and models, and "
+    "{search: [low, high]} for what may vary, and run that with mergetool evolve",
 }
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -167,6 +170,9 @@ def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
     for key, why in LATER.items():
         if key in data:
             raise lines.error((key,), f"{key}: {why}")
+    if (at := ("study",) if "study" in data else varying(data)) is not None:
+        what = "this is a search; run it with mergetool evolve or mergetool sweep"
+        raise lines.error(at, f"{'.'.join(map(str, at))}: {what}")
     if "model" in data and "merge_method" not in data:  # one model, rewritten
         rest = {key: value for key, value in data.items() if key != "model"}
         data = {"merge_method": "passthrough", "models": [{"model": data["model"]}], **rest}
@@ -184,10 +190,7 @@ def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
         raise lines.error(("stop",), f"stop is empty; {what}")
     if "out_path" in data and "output" not in data:  # mergekit-mega's word
         data = {("output" if key == "out_path" else key): value for key, value in data.items()}
-    try:
-        sections = Sections.model_validate(data)
-    except ValidationError as error:
-        raise _validation_error(error, lines) from None
+    sections = read_section(Sections, data, lines, ())
     _check_kinds(sections, (), lines)
     for name, module in (sections.modules or {}).items():
         _check_kinds(module, ("modules", name), lines)
@@ -196,6 +199,16 @@ def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
     if sections.tokenizer and sections.tokenizer_source:
         raise lines.error(("tokenizer",), "tokenizer and tokenizer_source are both given; keep one")
     return sections
+
+
+def read_section(
+    kind: type[Section], data: Mapping[str, Any], lines: Lines, at: tuple[str | int, ...]
+) -> Section:
+    """The table at `at` of a document as `kind` describes it; raises RecipeError at its line."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _validation_error(error, lines, at) from None
 
 
 def _check_adapter(sections: Sections, lines: Lines) -> None:
@@ -249,11 +262,13 @@ def _check_kinds(part: Sections | ModuleEntry, path: tuple[str, ...], lines: Lin
         raise lines.error(path, f"models is missing; {what} needs one of {', '.join(kinds)}")
 
 
-def _validation_error(error: ValidationError, lines: Lines) -> RecipeError:
+def _validation_error(
+    error: ValidationError, lines: Lines, at: tuple[str | int, ...]
+) -> RecipeError:
     """pydantic's first finding in our words; an unknown key is often the cause of the others."""
     found = error.errors()
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    path = first["loc"]
+    path = (*at, *first["loc"])
     name, key = ".".join(map(str, path)), str(path[-1])
     if first["type"] == "extra_forbidden":
         fields = _kind_at(path[:-1]).model_fields
@@ -283,6 +298,7 @@ _KINDS: dict[str, type[Strict]] = {
     "experts": ExpertEntry,
     "shared_experts": SharedExpert,
     "router": RouterSection,
+    "study": StudySection,
 }
 
 

@@ -1,0 +1,157 @@
+"""Optuna's samplers, asked for candidates in an order that can be repeated."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from merge.errors import RunError
+from merge.search.ledger import DONE, Candidate, told
+from merge.search.sections import StudySection
+from merge.search.space import Choice, Dimension, Real, Space
+from merge.search.tried import digest_of
+
+AGAIN = 200  # times that a sampler may propose what is known before the space counts as used up
+STEPS = 5  # values of a number in a grid
+
+
+class Asker:
+    """Proposes candidates; what came of them is told in the order in which they ended.
+
+    Two askers of one seed that are asked and told the same propose the same: that is how a search goes on.
+    """
+
+    def __init__(self, space: Space, section: StudySection) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._space, self._failed = space, optuna.trial.TrialState.FAIL
+        self._study = optuna.create_study(direction="maximize", sampler=_sampler(space, section))
+        for values in section.start:
+            self._study.enqueue_trial(_numbered(values))
+        self._grid = _grid(space) if section.sampler == "grid" else None
+        self._open: dict[int, Any] = {}
+        self._known: dict[str, float | None] = {}
+        self.told = 0
+
+    def repeat(self, candidates: Sequence[Candidate], begun_with: str = "") -> None:
+        """Is asked and told all that was before; RunError where it would have asked something else.
+
+        begun_with: versions of the libraries that asked then.
+        """
+        ended = told(candidates)
+        for candidate in candidates:
+            for earlier in ended[self.told : candidate.after]:
+                self.tell(earlier)
+            if candidate.origin != "search":
+                self._known.setdefault(candidate.digest, None)
+                continue
+            found = self.ask(candidate.number)
+            if found is None or digest_of(found[0]) != candidate.digest:
+                then = f": {begun_with}" if begun_with else ""
+                raise RunError(
+                    f"candidate {candidate.number} would be another one today; begin a new study, or go on "
+                    f"with the versions that it was begun with{then}"
+                )
+        for earlier in ended[self.told :]:
+            self.tell(earlier)
+
+    def ask(self, number: int) -> tuple[dict[str, Any], dict[str, float]] | None:
+        """The recipe of candidate `number` and the answers that made it; None where nothing new is left."""
+        for _ in self._attempts():
+            trial = self._study.ask()
+            asked: dict[str, float] = {}
+
+            def answer(dimension: Dimension, trial: Any = trial, asked: Any = asked) -> float:
+                asked[dimension.name] = _suggested(trial, dimension)
+                return float(asked[dimension.name])
+
+            recipe = self._space.filled(answer)
+            digest = digest_of(recipe)
+            if digest not in self._known:
+                self._known[digest], self._open[number] = None, trial
+                return recipe, asked
+            self._tell(trial, self._known[digest])
+        return None
+
+    def tell(self, candidate: Candidate) -> None:
+        """What came of a candidate; those that failed are told as failed."""
+        self.told += 1
+        value = value_of(candidate)
+        self._known[candidate.digest] = value
+        trial = self._open.pop(candidate.number, None)
+        if trial is not None:
+            self._tell(trial, value)
+
+    def _attempts(self) -> Iterator[None]:
+        """As many as there may be; each readies the next point of a grid."""
+        if self._grid is None:
+            yield from itertools.repeat(None, AGAIN)
+            return
+        for values in self._grid:
+            self._study.enqueue_trial(values)
+            yield
+
+    def _tell(self, trial: Any, value: float | None) -> None:
+        self._study.tell(trial, value, **({"state": self._failed} if value is None else {}))
+
+
+def value_of(candidate: Candidate) -> float | None:
+    """What is maximised, of a candidate that was scored; None of one that failed."""
+    if candidate.state != DONE or candidate.scores is None:
+        return None
+    return float(candidate.scores["mean"])
+
+
+def sampler_for(space: Space) -> str:
+    """CMA-ES where numbers vary and nothing else, which it knows nothing of; else TPE."""
+    dimensions = space.dimensions()
+    only_numbers = all(isinstance(dimension, Real) for dimension in dimensions)
+    return "cma-es" if only_numbers and len(dimensions) > 1 else "tpe"
+
+
+def _suggested(trial: Any, dimension: Dimension) -> float:
+    if isinstance(dimension, Choice):
+        return int(trial.suggest_categorical(dimension.name, list(range(dimension.count))))
+    if isinstance(dimension, Real):
+        return float(
+            trial.suggest_float(dimension.name, dimension.low, dimension.high, log=dimension.log)
+        )
+    return int(trial.suggest_int(dimension.name, dimension.low, dimension.high, log=dimension.log))
+
+
+def _numbered(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: int(v) if float(v).is_integer() else v for name, v in values.items()}
+
+
+def _sampler(space: Space, section: StudySection) -> Any:
+    import warnings
+
+    import optuna
+
+    samplers, seed = optuna.samplers, section.seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = section.sampler or sampler_for(space)
+        if sampler == "cma-es":
+            return samplers.CmaEsSampler(seed=seed)
+        if sampler == "tpe":
+            return samplers.TPESampler(seed=seed, multivariate=True)
+        return samplers.RandomSampler(seed=seed)
+
+
+def _grid(space: Space) -> Iterator[dict[str, float]]:
+    """Every combination of choices, whole numbers and STEPS values of each number, the last ones first."""
+    dimensions = space.dimensions()
+    for values in itertools.product(*map(_points, dimensions)):
+        yield {d.name: value for d, value in zip(dimensions, values, strict=True)}
+
+
+def _points(dimension: Dimension) -> Sequence[float]:
+    if isinstance(dimension, Choice):
+        return range(dimension.count)
+    low, high, parts = dimension.low, dimension.high, STEPS - 1
+    if not isinstance(dimension, Real):
+        return range(int(low), int(high) + 1)
+    if dimension.log:
+        return [min(low * (high / low) ** (i / parts), high) for i in range(STEPS)]
+    return [low + (high - low) * i / parts for i in range(STEPS)]

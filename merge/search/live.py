@@ -1,0 +1,142 @@
+"""A candidate in memory: its plan is run into the parameters of a live model, in place; no file is written.
+
+The values are those of the written model to the bit: each block is rounded to the dtype that it would be
+stored in, and widened to the dtype that the model is scored in.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from merge.agreement import canonical
+from merge.anatomy import matched
+from merge.budget import Budget
+from merge.carry import carried
+from merge.errors import ScoreError
+from merge.numerics import Raw
+from merge.plan import Plan, Step
+from merge.stream import StepDigests, run
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SIGNED = {
+    1: np.int8,
+    2: np.int16,
+    4: np.int32,
+    8: np.int64,
+}  # numpy's types that torch can take over
+
+
+@dataclass
+class LiveModel:
+    """A model as transformers runs it, and its tokenizer. `parameters`: by the names of a plan's steps, each
+    seen as [rows, cols]."""
+
+    model: Any
+    tokenizer: Any
+    parameters: Mapping[str, "torch.Tensor"]
+
+    def write(
+        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
+    ) -> None:
+        """The engine's rows, put into the parameter of that name."""
+        import torch
+
+        into, at = self.parameters[step.name], first_row
+        dtype = getattr(torch, TORCH[step.dtype])
+        for block in rows:
+            found = torch.from_numpy(block.view(SIGNED[block.dtype.itemsize])).view(dtype)
+            into[at : at + len(block)].copy_(found)
+            at += len(block)
+
+    def finished(self, step: Step, digests: StepDigests) -> None:
+        """Nothing: what is in memory is lost with the process."""
+
+    def become(self, plan: Plan, budget: Budget) -> None:
+        """Takes on the values of `plan`; raises RunError where an input cannot be read or is not finite."""
+        import torch
+
+        with torch.no_grad():
+            run(plan, budget, self, plan.steps)
+
+
+class Shells:
+    """Live models without values yet, one for each config and tokenizer; the last ones are kept."""
+
+    KEPT = 2
+
+    def __init__(self, dtype: "torch.dtype", device: str) -> None:
+        self._dtype, self._device = dtype, device
+        self._known: dict[str, LiveModel] = {}
+
+    def of(self, plan: Plan) -> LiveModel:
+        """A model with the config, tokenizer and tensor names of `plan`; raises ScoreError."""
+        key = _shape_of(plan)
+        found = self._known.pop(key, None) or self._made(plan)
+        self._known[key] = found  # the last one again
+        while len(self._known) > self.KEPT:
+            del self._known[next(iter(self._known))]
+        return found
+
+    def _made(self, plan: Plan) -> LiveModel:
+        with tempfile.TemporaryDirectory(prefix="mergetool-") as folder:
+            for name, content in carried(plan).items():
+                place = Path(folder, name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, Path):
+                    shutil.copyfile(content, place)
+                else:
+                    place.write_bytes(content)
+            model, tokenizer = _loaded(Path(folder), self._dtype)
+        model.to(self._device).eval()
+        return LiveModel(model, tokenizer, _by_step(plan, model))
+
+
+def _shape_of(plan: Plan) -> str:
+    """Stands for what a model is beside its values."""
+    names = [(step.name, step.shape, step.dtype) for step in plan.steps]
+    files = plan.tokens.digest if plan.tokens else plan.models[plan.donor].public_name
+    return hashlib.sha256(canonical([dict(plan.config), names, files]).encode()).hexdigest()
+
+
+def _loaded(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ScoreError(f"cannot be made in memory: {reason}") from None
+
+
+def _by_step(plan: Plan, model: Any) -> dict[str, "torch.Tensor"]:
+    """Parameters and stored buffers by the names of the steps; each step has its own, and each a step."""
+    values = dict(model.state_dict(keep_vars=True))
+    tied = {id(value) for value in values.values()}
+    names = matched([step.name for step in plan.steps], values)
+    found = {}
+    for step in plan.steps:
+        value = values.get(names.get(step.name, ""))
+        if value is None or tuple(value.shape) != step.shape:
+            raise ScoreError(
+                f"tensor {step.name!r} has no place in {type(model).__name__} as transformers loads it; this "
+                "architecture cannot be searched over"
+            )
+        tied.discard(id(value))
+        found[step.name] = value.data.view(step.rows, step.cols)
+    if tied:
+        left = next(name for name, value in values.items() if id(value) in tied)
+        raise ScoreError(
+            f"parameter {left!r} of {type(model).__name__} gets no value from the merge"
+        )
+    return found

@@ -1,0 +1,184 @@
+"""Documents of a suite whose requests are built once, put to one live model after another.
+
+lm-eval builds prompts, filters answers and judges them; what it does anew for every model is done once here.
+"""
+
+import hashlib
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from merge.agreement import canonical
+from merge.errors import RequestError, ScoreError
+from merge.score import Suite, Task, task_manager
+from merge.search.documents import (
+    APART,
+    SHARES,
+    Split,
+    identity,
+    limited,
+    refuse_overlap,
+    split_by_hash,
+)
+from merge.search.verdict import Values
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What came of a model's answers. `values`: of the metric, by task, [documents], larger is better.
+    `answers`: log-probabilities and whether they were the likeliest, or texts, by task. `truncated`, `empty`,
+    `alike`: shares of the answers that stopped at the limit, say nothing, or are the most frequent one of
+    their task."""
+
+    values: Mapping[str, Values]
+    answers: Mapping[str, list[Any]]
+    truncated: float
+    empty: float
+    alike: float
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(float(v.mean()) for v in self.values.values()) / len(self.values)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "mean": self.mean,
+            "tasks": {task: float(v.mean()) for task, v in self.values.items()},
+            "values": {task: v.tolist() for task, v in self.values.items()},
+            "answers": dict(self.answers),
+            "truncated": self.truncated,
+            "empty": self.empty,
+            "alike": self.alike,
+        }
+
+
+@dataclass
+class Panel:
+    """One split of a suite's documents. `tasks`: lm-eval's, by name, each with its requests."""
+
+    split: Split
+    metrics: Mapping[str, Task]
+    tasks: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Stands for the documents and what counts of them."""
+        found = {
+            name: [self.metrics[name].metric, [r.args[0] for r in task.instances], documents]
+            for name, task in self.tasks.items()
+            for documents in [[identity(r.doc) for r in task.instances]]
+        }
+        return hashlib.sha256(canonical(found).encode()).hexdigest()
+
+    def marks(self, lm: Any) -> Marks:
+        """Puts all documents to the model of `lm`; ScoreError where a metric has no value per document."""
+        pending: dict[str, list[Any]] = defaultdict(list)
+        for task in self.tasks.values():
+            for request in task.instances:
+                request.resps, request.filtered_resps = [], {}
+                pending[request.request_type].extend([request] * request.repeats)
+        for kind, requests in pending.items():
+            for answer, request in zip(getattr(lm, kind)(requests), requests, strict=True):
+                request.resps.append(answer)
+        values = {name: self._judged(name, task) for name, task in self.tasks.items()}
+        texts = {name: _generated(task) for name, task in self.tasks.items()}
+        every = [text for found in texts.values() for text in found]
+        return Marks(
+            values,
+            {name: [r.resps for r in task.instances] for name, task in self.tasks.items()},
+            _truncated(self.tasks, lm),
+            sum(not text.strip() for text in every) / max(1, len(every)),
+            max((_commonest(found) for found in texts.values() if found), default=0.0),
+        )
+
+    def _judged(self, name: str, task: Any) -> Values:
+        """The metric of every document, in the order of the split."""
+        metric, _, chosen = self.metrics[name].metric.partition(",")
+        task.apply_filters()
+        by_document: dict[int, list[Any]] = defaultdict(list)
+        for request in task.instances:
+            by_document[request.doc_id].append(request)
+        found = []
+        for number in sorted(by_document):
+            requests = sorted(by_document[number], key=lambda request: request.idx)
+            answers = [request.filtered_resps[chosen or "none"] for request in requests]
+            value = task.process_results(requests[0].doc, answers).get(metric)
+            if not isinstance(value, int | float | np.number | np.bool_):
+                raise ScoreError(
+                    f"task {name}: {metric} has no value per document; search on another metric"
+                )
+            found.append(float(value))
+        sign = 1.0 if self.metrics[name].higher_is_better else -1.0
+        return sign * np.array(found)
+
+
+def panels(name: str, limit: int | None) -> dict[str, Panel]:
+    """dev, val and test of a suite. What it keeps apart as search_tasks is dev and val, the rest is test;
+    else the documents are split by hash. Raises RequestError where a document would be in two of them.
+
+    limit: of documents of each task of dev.
+    """
+    suite = Suite.named(name)
+    try:
+        apart: Suite | None = Suite.named(name, split="search")
+    except RequestError:
+        apart = None
+    looked = apart or suite
+    documents = {task.name: _documents(suite, task.name) for task in looked.tasks}
+    splits = split_by_hash(documents, APART if apart else SHARES)
+    if apart:
+        last = {task.name: _documents(suite, task.name) for task in suite.tasks}
+        numbers = {task: tuple(range(len(found))) for task, found in last.items()}
+        splits["test"] = Split("test", numbers)
+        refuse_overlap([("search", documents), ("test", last)])
+    dev = limited(splits["dev"], limit)
+    return {
+        "dev": _panel(looked, dev),
+        "val": _panel(looked, splits["val"]),
+        "test": _panel(suite, splits["test"]),
+    }
+
+
+def _panel(suite: Suite, split: Split) -> Panel:
+    tasks = _lm_eval_tasks(suite, [task.name for task in suite.tasks])
+    for name, task in tasks.items():
+        numbers = list(split.documents.get(name, ()))
+        if not numbers:
+            raise RequestError(
+                f"task {name} has no documents for {split.name}; it is too small to search on"
+            )
+        task.build_all_requests(samples=numbers, rank=0, world_size=1)
+    return Panel(split, {task.name: task for task in suite.tasks}, tasks)
+
+
+def _documents(suite: Suite, name: str) -> list[Mapping[str, Any]]:
+    return list(_lm_eval_tasks(suite, [name])[name].eval_docs)
+
+
+def _lm_eval_tasks(suite: Suite, names: Sequence[str]) -> dict[str, Any]:
+    from lm_eval.tasks import get_task_dict
+
+    return dict(get_task_dict(list(names), task_manager(suite)))
+
+
+def _generated(task: Any) -> list[str]:
+    return [str(r.resps[0]) for r in task.instances if r.request_type == "generate_until"]
+
+
+def _truncated(tasks: Mapping[str, Any], lm: Any) -> float:
+    """The share of generated answers that are as long as they may be."""
+    counts = [
+        len(lm.tok_encode(str(request.resps[0]))) >= int(request.args[1]["max_gen_toks"])
+        for task in tasks.values()
+        for request in task.instances
+        if request.request_type == "generate_until" and "max_gen_toks" in request.args[1]
+    ]
+    return sum(counts) / max(1, len(counts))
+
+
+def _commonest(texts: Sequence[str]) -> float:
+    return Counter(texts).most_common(1)[0][1] / len(texts)

@@ -1,0 +1,59 @@
+"""Recipes that a search tries: what stands for one, and those that it tries whatever it finds."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from merge.agreement import canonical
+
+ABOUT_FILES = ("output", "name", "score")  # of no effect on what a candidate is
+
+
+def digest_of(recipe: Mapping[str, Any]) -> str:
+    """Stands for a recipe with values."""
+    told = {key: value for key, value in recipe.items() if key not in ABOUT_FILES}
+    return hashlib.sha256(canonical(told).encode()).hexdigest()
+
+
+def parents_of(data: Mapping[str, Any]) -> list[str]:
+    """Every model that a search may merge, once, in the order of the document; not what is only a base."""
+    return list(dict.fromkeys(_models(data)))
+
+
+def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, recipe) of each parent as it is and of the plain average of all."""
+    common = {key: data[key] for key in ("dtype", "out_dtype") if isinstance(data.get(key), str)}
+    about_tokens = {key: data[key] for key in ("tokenizer", "stop", "chat_template") if key in data}
+    parents = parents_of(data)
+    for parent in parents:
+        yield f"parent {parent}", {"model": parent, **common}
+    if len(parents) > 1:
+        models = [{"model": parent, "parameters": {"weight": 1.0}} for parent in parents]
+        average = {"merge_method": "linear", "models": models}
+        if isinstance(base := data.get("base_model"), str) and about_tokens:
+            average["base_model"] = base
+        yield "average", average | common | about_tokens
+
+
+def _models(value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        for each in value:
+            yield from _models(each)
+    if not isinstance(value, dict):
+        return
+    for key, each in value.items():
+        if key == "model":
+            yield from _texts(each)
+        elif key == "pool" or (key == "models" and isinstance(each, list)):
+            yield from (name for name in each if isinstance(name, str))
+            yield from _models(each)
+        else:
+            yield from _models(each)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """A model, or those of a choice."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (name for name in value.get("choice", ()) if isinstance(name, str))

@@ -1,0 +1,102 @@
+"""An optimiser that is told the same again asks the same again."""
+
+from dataclasses import replace
+
+import pytest
+
+from merge.errors import RunError
+from merge.lines import load_documents
+from merge.search.asking import Asker, sampler_for
+from merge.search.ledger import DONE, FAILED, Candidate
+from merge.search.sections import StudySection
+from merge.search.space import Space
+from merge.search.tried import digest_of
+
+NUMBERS = "a: {search: [0.0, 1.0]}\nb: {search: [0.1, 2.0], log: true}\nc: {search: [-1.0, 1.0]}"
+MIXED = "a: {search: [0.0, 1.0]}\nb: {choice: [x, y, {search: [1, 4], int: true}]}"
+CHOICES = "a: {choice: [x, y]}\nb: {choice: [1, 2, 3]}"
+SAMPLERS = ["cma-es", "tpe", "random", "grid"]
+
+
+def space_of(text: str) -> Space:
+    ((data, lines),) = load_documents(text, "space.yaml")
+    return Space(data, lines)
+
+
+def asked(space: Space, section: StudySection, count: int) -> list[Candidate]:
+    """Candidates as a search of `count` leaves them; every fourth failed."""
+    asker, found = Asker(space, section), []
+    for number in range(count):
+        answer = asker.ask(number)
+        if answer is None:
+            break
+        recipe, values = answer
+        scores = {"mean": -((values["a"] - 0.3) ** 2)}
+        candidate = Candidate(
+            number, digest_of(recipe), "search", recipe, values, asker.told, DONE, number, scores
+        )
+        if number % 4 == 3:
+            candidate = replace(candidate, state=FAILED, scores=None, reason="why")
+        asker.tell(candidate)
+        found.append(candidate)
+    return found
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("text", [NUMBERS, MIXED])
+def test_who_repeats_what_was_asks_what_comes_next(sampler: str, text: str) -> None:
+    space, section = space_of(text), StudySection(sampler=sampler, seed=3)
+    whole = asked(space, section, 12)
+    assert len({candidate.digest for candidate in whole}) == len(whole) == 12
+    for cut in range(12):
+        asker = Asker(space, section)
+        asker.repeat(whole[:cut])
+        found = asker.ask(cut)
+        assert found is not None
+        assert found[0] == whole[cut].recipe
+
+
+def test_what_was_asked_but_not_answered_is_open_still() -> None:
+    space, section = space_of(NUMBERS), StudySection(sampler="cma-es")
+    whole = asked(space, section, 9)
+    open_still = replace(whole[7], state="waiting", ended=None, scores=None, reason="")
+    asker = Asker(space, section)
+    asker.repeat([*whole[:7], open_still])
+    asker.tell(whole[7])
+    found = asker.ask(8)
+    assert found is not None
+    assert found[0] == whole[8].recipe
+
+
+def test_other_questions_than_then_are_an_error() -> None:
+    space = space_of(NUMBERS)
+    whole = asked(space, StudySection(sampler="random", seed=3), 3)
+    other = Asker(space, StudySection(sampler="random", seed=4))
+    with pytest.raises(RunError, match=r"candidate 0 would be another one .*: optuna 1"):
+        other.repeat(whole, "optuna 1")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_candidate_is_asked_for_twice_and_a_small_space_ends(sampler: str) -> None:
+    space, section = space_of(CHOICES), StudySection(sampler=sampler)
+    assert len(asked(space, section, 50)) == 6
+
+
+def test_a_grid_has_every_combination_in_order() -> None:
+    section = StudySection(sampler="grid")
+    found = [c.recipe for c in asked(space_of(CHOICES), section, 50)]
+    assert found == [{"a": a, "b": b} for a in "xy" for b in (1, 2, 3)]
+    steps = asked(space_of("a: {search: [0.0, 1.0]}\nb: {choice: [x]}"), section, 50)
+    assert [c.recipe["a"] for c in steps] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_values_to_begin_with_come_first() -> None:
+    start = [{"a": 0.5, "b": 1.0, "c": 0.0}, {"a": 0.25, "b": 0.5, "c": 1.0}]
+    section = StudySection(sampler="cma-es", start=start)
+    assert [c.recipe for c in asked(space_of(NUMBERS), section, 3)][:2] == start
+
+
+def test_the_optimiser_suits_what_varies() -> None:
+    assert sampler_for(space_of(NUMBERS)) == "cma-es"
+    assert sampler_for(space_of(MIXED)) == "tpe"
+    assert sampler_for(space_of("a: {search: [0, 1]}")) == "tpe"

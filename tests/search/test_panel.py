@@ -1,0 +1,81 @@
+"""Documents put to a live model give what lm-eval gives for the folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_suite import tiny_suite
+
+from merge.score import Suite, score_models
+from merge.search.panel import panels
+from merge.search.scoring import Scorer
+from merge.search.sections import StudySection
+from merge.shipped import shipped
+
+CHOICE = """
+task: {name}
+custom_dataset: !function data.load
+dataset_kwargs: {{skill: {skill}, split: {split}}}
+test_split: {split}
+output_type: multiple_choice
+doc_to_text: prompt
+doc_to_choice: "{{{{[answer, answer[1:] + answer[0]]}}}}"
+doc_to_target: 0
+target_delimiter: ""
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+SUITE = """
+name: both
+batch_size: 16
+tasks: [{task: kept_sort, metric: "acc_norm,none"}, {task: quickstart_roman, metric: "exact_match,none"}]
+search_tasks: [{task: search_sort, metric: "acc,none"}]
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One task of choices and one of generated answers."""
+    folder = tiny_suite(tmp_path_factory.mktemp("suites") / "both", searched=30, kept=25)
+    for name, split in (("kept", "heldout"), ("search", "search")):
+        text = CHOICE.format(name=f"{name}_sort", skill="sort", split=split)
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "suite.yaml").write_text(SUITE)
+    return folder
+
+
+def test_values_are_those_of_lm_eval(suite: Path, tmp_path: Path) -> None:
+    scorer = Scorer(tmp_path / "r.yaml", StudySection(suite=str(suite)), "512MiB", 1, True)
+    for name in ("sorter", "base"):
+        found, _ = scorer.scored({"model": f"zoo:{name}", "out_dtype": "bfloat16"}, "test")
+        folder = shipped("evals/zoo") / name
+        (expected,) = score_models([folder], Suite.named(str(suite)), labels=[name]).models
+        assert found["tasks"] == pytest.approx({t: s.value for t, s in expected.tasks.items()})
+        assert {len(values) for values in found["values"].values()} == {25}
+        assert 0 < found["mean"] < 1
+        assert json.loads(json.dumps(found["answers"]))
+
+
+def test_dev_and_val_share_no_document_and_test_is_what_is_kept(suite: Path) -> None:
+    found = panels(str(suite), None)
+    dev, val = (set(found[name].split.documents["search_sort"]) for name in ("dev", "val"))
+    assert not dev & val
+    assert dev | val == set(range(30))
+    assert found["test"].split.count == 50
+    assert panels(str(suite), 4)["dev"].split.count == 4
+    assert panels(str(suite), 4)["val"].split.documents == found["val"].split.documents
+    assert len({panel.digest for panel in found.values()}) == 3
+
+
+def test_answers_that_say_nothing_or_do_not_end_are_counted(suite: Path, tmp_path: Path) -> None:
+    """A model whose outputs are all alike answers so."""
+    scorer = Scorer(tmp_path / "r.yaml", StudySection(suite=str(suite)), "512MiB", 1, True)
+    flat = {
+        "merge_method": "task_arithmetic",
+        "base_model": "zoo:base",
+        "models": [{"model": "zoo:scribe", "parameters": {"weight": 30.0}}],
+    }
+    wild, good = (scorer.scored(recipe, "test")[0] for recipe in (flat, {"model": "zoo:scribe"}))
+    assert good["truncated"] + good["empty"] < 0.1
+    assert wild["truncated"] + wild["empty"] + wild["alike"] > 0.5
+    assert np.isfinite(wild["mean"])

@@ -1,0 +1,340 @@
+"""A search tries what it was asked to, whatever happens to it, and what it tells of a candidate is true."""
+
+import os
+import shutil
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tiny_suite import tiny_suite
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from merge.errors import OutputError, RequestError, RunError
+from merge.pipeline import run_recipe
+from merge.score import lm_of
+from merge.search.ledger import DONE, FAILED, Candidate
+from merge.search.study import Outcome, Study, open_study
+from merge.shipped import shipped
+
+ZOO = shipped("evals/zoo")
+SPECIALISTS = ("zoo:reverser", "zoo:sorter")
+BASELINES = 3  # two parents and their average
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_suite(tmp_path_factory.mktemp("suites") / "tiny")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process that is forked from one with others waits for them
+    yield
+    torch.set_num_threads(before)
+
+
+def written(folder: Path, suite: Path, trials: int = 4, **recipe: Any) -> Path:
+    """A search over the weights of two task vectors, or over what is given."""
+    weights = {"weight": {"search": [0.2, 1.5]}}
+    plain = {
+        "base_model": "zoo:base",
+        "merge_method": "ties",
+        "models": [{"model": model, "parameters": weights} for model in SPECIALISTS],
+        "parameters": {"density": {"search": [0.1, 0.9]}},
+    }
+    study = {"suite": str(suite), "trials": trials, "seed": 5, "limit": 4, "top": 2}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "search.yaml"
+    file.write_text(yaml.safe_dump((recipe or plain) | {"study": study}, sort_keys=False))
+    return file
+
+
+def searched(
+    file: Path, folder: Path, tell: Callable[[Candidate, Study], None] = lambda c, s: None
+) -> tuple[list[Candidate], Outcome]:
+    with open_study(file, folder) as study:
+        outcome = study.run(tell)
+        return study.ledger.all(), outcome
+
+
+def facts(candidates: list[Candidate]) -> list[tuple[Any, ...]]:
+    """What must be the same whenever a search was cut off; not the seconds."""
+    return [(c.number, c.origin, c.recipe, c.asked, c.state, c.ended, c.scores) for c in candidates]
+
+
+# -- going on ----------------------------------------------------------------------------------------
+
+
+def killed(file: Path, folder: Path, after: int, between: bool) -> None:
+    """Runs a search in a process that is killed after so many candidates, or while the next is tried."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if after == 0:
+                _die_while_trying(0)
+            searched(file, folder, lambda c, s: _die(c.number + 1, after, between))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def _die(ended: int, after: int, between: bool) -> None:
+    if ended == after and between:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif ended == after:
+        _die_while_trying(after)
+
+
+def _die_while_trying(number: int) -> None:
+    """The process is killed when the model of the next candidate is half written."""
+    from merge.search.live import LiveModel
+
+    whole, count = LiveModel.write, iter(range(1000))
+
+    def half(self: LiveModel, *rows: Any) -> None:
+        if next(count) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, *rows)
+
+    LiveModel.write = half  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, suite: Path) -> tuple[list[Candidate], Outcome]:
+    folder = tmp_path_factory.mktemp("whole")
+    return searched(written(folder, suite), folder / "study")
+
+
+@pytest.mark.parametrize(
+    ("cuts", "between"), [([0, 2], False), ([1, 3, 4], True), ([5, 6], False), ([6], True)]
+)
+def test_a_search_that_was_killed_comes_to_the_same_end(
+    tmp_path: Path,
+    suite: Path,
+    whole: tuple[list[Candidate], Outcome],
+    cuts: list[int],
+    between: bool,
+) -> None:
+    file = written(tmp_path, suite)
+    for cut in cuts:
+        killed(file, tmp_path / "study", cut, between)
+    candidates, outcome = searched(file, tmp_path / "study")
+    assert facts(candidates) == facts(whole[0])
+    assert outcome.as_json() == whole[1].as_json()
+
+
+def test_exactly_as_many_candidates_as_asked_for_and_none_twice(
+    whole: tuple[list[Candidate], Outcome],
+) -> None:
+    candidates, outcome = whole
+    assert len(candidates) == BASELINES + 4
+    assert len({candidate.digest for candidate in candidates}) == len(candidates)
+    assert [c.number for c in candidates] == [c.ended for c in candidates] == list(range(7))
+    assert [c.origin for c in candidates[:3]] == [*(f"parent {m}" for m in SPECIALISTS), "average"]
+    assert {c.state for c in candidates} == {DONE}
+    assert outcome.winner in outcome.top
+    assert outcome.verdict is not None
+    assert outcome.verdict.documents == 4 * 6
+
+
+def test_a_longer_search_goes_on_from_a_shorter_one(
+    tmp_path: Path, suite: Path, whole: tuple[list[Candidate], Outcome]
+) -> None:
+    shorter, _ = searched(written(tmp_path, suite, trials=2), tmp_path / "study")
+    assert facts(shorter) == facts(whole[0][: BASELINES + 2])
+    longer, outcome = searched(written(tmp_path, suite, trials=4), tmp_path / "study")
+    assert facts(longer) == facts(whole[0])
+    assert outcome.as_json() == whole[1].as_json()
+
+
+def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, suite: Path) -> None:
+    file = written(tmp_path, suite, trials=1)
+    with open_study(file, tmp_path / "study"):  # noqa: SIM117
+        with (
+            pytest.raises(OutputError, match="another run searches there"),
+            open_study(file, tmp_path / "study"),
+        ):
+            pass
+    file.write_text(file.read_text().replace("0.9", "0.8"))
+    with (
+        pytest.raises(RequestError, match=r"is another search .* another --output"),
+        open_study(file, tmp_path / "study"),
+    ):
+        pass
+
+
+def test_nothing_is_written_for_a_candidate_beside_the_database(
+    tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    seen = set()
+
+    def look(candidate: Candidate, study: Study) -> None:
+        seen.update(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*"))
+
+    searched(written(tmp_path, suite, trials=2), tmp_path / "study", look)
+    seen -= {"search.yaml", "study", "temporary"}
+    assert seen <= {f"study/study.{end}" for end in ("lock", "db", "db-wal", "db-shm")}
+
+
+# -- what a candidate is -----------------------------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"parameters": {"weight": 0.7}},
+    "ties": {"base_model": "zoo:base", "parameters": {"weight": 0.8, "density": 0.4}},
+    "dare_ties": {
+        "base_model": "zoo:base",
+        "parameters": {"weight": 0.8, "density": 0.6, "seed": 3},
+    },
+    "slerp": {"base_model": SPECIALISTS[0], "parameters": {"t": [0.2, 0.7]}},
+}
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+def test_a_candidate_answers_as_its_recipe_does_when_it_is_run(
+    tmp_path: Path, suite: Path, out_dtype: str
+) -> None:
+    """One live model after another, each what the folder would be: answers and values are equal."""
+    models = [{"model": model} for model in SPECIALISTS]
+    variants = [{"merge_method": method, **rest} for method, rest in METHODS.items()]
+    space = {"out_dtype": out_dtype, "models": models, "variants": variants}
+    file = written(tmp_path, suite, trials=4, **space)
+    with open_study(file, tmp_path / "study") as study:
+        study.run().save(tmp_path / "study")
+        tried = [c for c in study.ledger.all() if c.origin == "search"]
+        assert {c.recipe["merge_method"] for c in tried} == set(METHODS)
+        for candidate in tried:
+            recipe = tmp_path / f"{candidate.number}.yaml"
+            recipe.write_text(yaml.safe_dump(candidate.recipe))
+            folder = run_recipe(recipe, tmp_path / f"model-{candidate.number}").folder
+            marks = study.scorer.panels["dev"].marks(_loaded(folder))
+            assert marks.as_json()["answers"] == study.ledger.answers(candidate.number)
+            assert marks.as_json()["values"] == candidate.scores["values"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
+def test_a_live_model_is_the_written_one_to_the_bit(
+    tmp_path: Path, suite: Path, out_dtype: str
+) -> None:
+    """Also after another candidate was in its place, and where embeddings are tied."""
+    file = written(tmp_path, suite)
+    recipes = [
+        {
+            "out_dtype": out_dtype,
+            "merge_method": method,
+            "models": [{"model": model} for model in SPECIALISTS],
+            **METHODS[method],
+        }
+        for method in ("ties", "slerp")
+    ]
+    with open_study(file, tmp_path / "study") as study:
+        for number, recipe in enumerate(recipes):
+            (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(recipe))
+            folder = run_recipe(tmp_path / f"{number}.yaml", tmp_path / f"model-{number}").folder
+            live = study.scorer.live(study.scorer.plan(recipe)).model.state_dict()
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            assert loaded.config.tie_word_embeddings
+            assert live.keys() == loaded.state_dict().keys()
+            for name, value in loaded.state_dict().items():
+                assert torch.equal(live[name], value), name
+
+
+def _loaded(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return lm_of(model, AutoTokenizer.from_pretrained(folder), 150)
+
+
+# -- what fails --------------------------------------------------------------------------------------
+
+
+def _copy(name: str, folder: Path, change: Callable[[torch.Tensor], object] = lambda t: t) -> Path:
+    shutil.copytree(ZOO / name, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    change(next(t for name, t in tensors.items() if "mlp" in name))
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_candidate_that_fails_is_told_with_its_reason_and_the_search_goes_on(
+    tmp_path: Path, suite: Path
+) -> None:
+    broken = _copy("sorter", tmp_path / "broken", lambda t: t.view(-1)[:1].fill_(float("nan")))
+    space = {
+        "merge_method": "linear",
+        "models": [
+            {"model": {"choice": ["zoo:reverser", "zoo:chemist", str(broken)]}},
+            {"model": "zoo:scribe"},
+        ],
+        "parameters": {"weight": 1.0},
+    }
+    candidates, outcome = searched(written(tmp_path, suite, 3, **space), tmp_path / "study")
+    failed = {c.number: c.reason for c in candidates if c.state == FAILED}
+    assert {c.origin for c in candidates if c.number in failed} == {
+        f"parent {broken}",
+        "average",
+        "search",
+    }
+    assert all("nan" in reason and str(broken) in reason for reason in failed.values())
+    assert sum(c.origin == "search" and c.state == DONE for c in candidates) == 2
+    assert outcome.failed == failed
+    assert outcome.verdict is not None
+    assert str(broken) not in outcome.verdict.words
+
+
+def test_a_search_of_which_nothing_can_be_scored_says_why(tmp_path: Path, suite: Path) -> None:
+    broken = _copy("sorter", tmp_path / "broken", lambda t: t.view(-1)[:1].fill_(float("inf")))
+    models = [{"model": str(broken), "parameters": {"weight": {"search": [0.1, 0.9]}}}]
+    file = written(tmp_path, suite, 1, merge_method="linear", models=models)
+    with pytest.raises(RunError, match=r"search.yaml: no candidate could be scored: .*inf"):
+        searched(file, tmp_path / "study")
+
+
+def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> None:
+    models = [
+        {"model": str(model), "parameters": {"weight": {"search": [0.1, 0.9]}}}
+        for model in ("zoo:sorter", _copy("sorter", tmp_path / "same"))
+    ]
+    space = {"merge_method": "linear", "models": models}
+    candidates, outcome = searched(written(tmp_path, suite, 3, **space), tmp_path / "study")
+    assert len({str(c.scores) for c in candidates}) == 1
+    assert outcome.verdict is not None
+    assert outcome.verdict.p == 1.0
+    assert "no significant improvement" in outcome.verdict.words
+    assert outcome.average_is_as_good
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"merge_method": "tise"}, "tise"),
+        ({"base_model": "./absent"}, "absent"),
+        ({"adapter": {"rank": 4}}, "adapter: is not searched over"),
+        ({"study": {"suite": "none"}}, "no suite 'none'"),
+        ({"study": {"trial": 3}}, "search.yaml:.*unknown key 'trial'"),
+        ({"study": {"start": [{"weight": 1.0}]}}, "nothing is called 'weight'"),
+        ({"study": {"start": [{"parameters.density": 2.0}]}}, "must be from 0.1 to 0.9"),
+        ({"parameters": {}, "models": [{"model": "zoo:sorter"}]}, "nothing in it may vary"),
+    ],
+)
+def test_what_is_wrong_with_every_candidate_is_told_before_anything_is_written(
+    tmp_path: Path, suite: Path, change: dict[str, Any], told: str
+) -> None:
+    file = written(tmp_path, suite)
+    data = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(data | change))
+    with pytest.raises(RequestError, match=told), open_study(file, tmp_path / "study"):
+        pass
+    assert not (tmp_path / "study").exists()
