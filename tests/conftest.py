@@ -35,3 +35,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ra
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="record the bytes of merges anew")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's commands take minutes in one test: begun first, no worker waits for it at the end."""
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)
