@@ -1,6 +1,7 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE :=  # many commands start: modules are compiled once
 
 .PHONY: quickstart test lint format bench compat docs zoo clean
 

@@ -155,7 +155,8 @@ class _Job:
             if not finite and not self.formula.allow_nonfinite:
                 unseen = grain[0] if self.formula.merges_as_it_reads else ()
                 check_grain(self.reader.plan, self.step, unseen, rows, a)
-            digests.append(grain_digest(rows))
+            # what is copied has the digest that it had as an input
+            digests.append(grain_digest(rows) if merging else self.input_digests[0, a])
             self.output_digests[a] = digests[-1]
             out.append(rows)
         self.writer.write(self.step, block[0], out, digests)

@@ -23,9 +23,10 @@ FORMAT = 1  # of the models; raise it when the same shape gets other bytes
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the checkout's packages first."""
+    """This process's, with the checkout's packages first, kept compiled as those of an installed one are."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    ours = {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONDONTWRITEBYTECODE": ""}
+    return dict(os.environ) | ours
 
 
 def mergetool(*arguments: str) -> list[str]:
