@@ -36,7 +36,8 @@ from merge.ranks import magnitude_ranks
 # stored rows of every input, and the numbers of their elements for whoever asks -> arrays
 Expression = Callable[[Sequence[Any], Callable[[], Counter]], Iterable[Any]]
 Grain = tuple[Sequence[Raw], int]  # stored rows of every input, number of their first element
-Merging = Callable[[Grain], tuple[Raw, bool]]  # merged rows; whether all was seen to be finite
+# merged rows, in the memory that is given for them if that can be; whether all was seen to be finite
+Merging = Callable[[Grain, Raw | None], tuple[Raw, bool]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Formula:
         function = self._compiled(merged, "store", beside)
         if dtype == self.step.dtype:
             return function.checked
-        return lambda grain: (from_float32(function(grain)[0], self.step.dtype), False)
+        return lambda grain, into: (from_float32(function(grain)[0], self.step.dtype), False)
 
     def measuring(self, request: Request) -> Callable[[Iterable[Grain]], list[Statistic]]:
         """A function from grains to their statistics: one each, or (integers) one for all."""
@@ -263,15 +264,18 @@ class _GrainFunction:
             return self.by_loop(grain, total)[0]
         return self._added(self._tried(grain) if self.fuse else self.by_numpy(grain), total)
 
-    def checked(self, grain: Grain) -> tuple[Any, bool]:
-        """The one result that is stored, and whether the loop saw nothing but finite values."""
+    def checked(self, grain: Grain, into: Raw | None = None) -> tuple[Any, bool]:
+        """The one result that is stored, and whether the loop saw nothing but finite values.
+
+        into: contiguous memory that a loop fills with the result, which then is `into` itself.
+        """
         if not self._by_loop_now():
             return self(grain)[0], False
-        results, largest = self.by_loop(self._with_beside(grain))
+        results, largest = self.by_loop(self._with_beside(grain), into=into)
         assert self.loop is not None
         types = (*self.loop.inputs, *self.loop.outputs)
         finite = all(found < _LIMITS[t.str[1:]] for found, t in zip(largest, types, strict=True))
-        return results[0], finite
+        return into if into is not None else results[0], finite
 
     def _with_beside(self, grain: Grain) -> Grain:
         raws, element = grain
@@ -315,14 +319,17 @@ class _GrainFunction:
             return [_REDUCED[self.kind](result) for result in self.expression(raws, elements)]
 
     def by_loop(
-        self, grain: Grain, total: list[Any] | None = None
+        self, grain: Grain, total: list[Any] | None = None, into: Raw | None = None
     ) -> tuple[list[Any], NDArray[np.uint64]]:
-        """The results, and what Loop.run tells."""
+        """The results, and what Loop.run tells. into: where the one result that is stored goes."""
         assert self.loop is not None
         raws, first = grain
         flat = [np.ascontiguousarray(_widened(raw)).reshape(-1) for raw in raws]
-        if self.kind == "store":
-            out: list[Any] = [np.empty(flat[0].size, dtype) for dtype in self.loop.outputs]
+        out: list[Any]
+        if into is not None:
+            out = [into.reshape(-1)]
+        elif self.kind == "store":
+            out = [np.empty(flat[0].size, dtype) for dtype in self.loop.outputs]
         elif self.kind == "sum":
             out = [np.zeros(LANES) for _ in self.loop.outputs]
         elif self.kind == "rows":

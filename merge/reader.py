@@ -48,6 +48,13 @@ class Reader:
         else:
             self._merge(step, first, end, out)
 
+    def mapped(self, operand: Operand, first: int, end: int) -> Raw | None:
+        """The rows that `read` gives, where they lie in a file; None where they have to be read."""
+        step = operand.step
+        if step is None:
+            return self.plan.models[operand.model].source.mapped(operand.tensor, first, end)
+        return self.mapped(step.operands[0], first, end) if step.copy and not step.places else None
+
     def digest(self, operand: Operand) -> str:
         """Of all rows, as a merge notes it of its inputs."""
         return combined_digest(grain_digest(rows) for rows, _ in self._rows_of(operand))
@@ -77,7 +84,7 @@ class Reader:
         size = step.nbytes // max(1, step.rows)
         for a, b in grains(step.shape, first, end):
             grain = self.grain(step, a, b)
-            rows, finite = merging(grain)
+            rows, finite = merging(grain, None)
             if not finite and not made.formula.allow_nonfinite:
                 check_grain(self.plan, step, grain[0], rows, a)
             out[(a - first) * size : (b - first) * size] = rows.reshape(-1).view(np.uint8).data

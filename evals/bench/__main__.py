@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import memory, speed
+from . import candidates, memory, speed
 from .measure import BenchError
 from .peer import FLAGS, default_folder
 
 EPILOG = "Without a command: speed. `COMMAND --help` lists what a command takes."
 RUNS = {"memory": memory.run_memory, "tokens": memory.run_tokens, "plan70b": memory.run_plan70b}
-COMMANDS = ("speed", *RUNS)
+WITH_PEER = {"speed": speed.run_speed, "candidates": candidates.run_candidates}
+COMMANDS = (*WITH_PEER, *RUNS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,8 +20,8 @@ def main(arguments: Sequence[str]) -> int:
     named = bool(arguments) and (arguments[0] in COMMANDS or arguments[0] in ("-h", "--help"))
     asked = _parser().parse_args(arguments if named else ["speed", *arguments])
     try:
-        if asked.command == "speed":
-            return speed.run_speed(_speed_options(asked))
+        if asked.command in WITH_PEER:
+            return WITH_PEER[asked.command](_speed_options(asked))
         return RUNS[asked.command](_memory_options(asked))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -32,7 +33,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m evals.bench", description=__doc__, epilog=EPILOG
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_speed(commands.add_parser("speed", help="floor, mergetool and mergekit (the default)"))
+    _add_speed(
+        commands.add_parser("speed", help="floor, mergetool and mergekit (the default)"),
+        speed.METHODS,
+    )
+    one_more = commands.add_parser("candidates", help="one more candidate of a search in memory")
+    _add_speed(one_more, candidates.METHODS)
     huge = commands.add_parser("memory", help="measured against projected peak, one huge tensor")
     huge.add_argument("--memory", dest="cap", default="512MiB", help="the cap (512MiB)")
     huge.add_argument("--sparse", action="store_true", help="zeros that take no room on disk")
@@ -48,12 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_speed(parser: argparse.ArgumentParser) -> None:
+def _add_speed(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
     _add_common(parser)
     parser.add_argument("--small", action="store_true", help="47 M parameters instead of 1.24 B")
-    parser.add_argument(
-        "--methods", type=_methods, default=speed.METHODS, help=",".join(speed.METHODS)
-    )
+    parser.add_argument("--methods", type=_methods, default=methods, help=",".join(speed.METHODS))
     parser.add_argument("--only", choices=["ours"], help="ours: without mergekit")
     parser.add_argument("--no-peer", action="store_true", help="the same as --only ours")
     parser.add_argument(

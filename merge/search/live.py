@@ -19,7 +19,7 @@ from merge.anatomy import matched
 from merge.budget import Budget
 from merge.carry import carried
 from merge.errors import ScoreError
-from merge.numerics import Raw
+from merge.numerics import STORAGE, Raw, to_float32
 from merge.plan import Plan, Step
 from merge.stream import StepDigests, run
 
@@ -44,28 +44,75 @@ class LiveModel:
     tokenizer: Any
     parameters: Mapping[str, "torch.Tensor"]
 
+    def __post_init__(self) -> None:
+        self._memory = {name: _memory_of(value) for name, value in self.parameters.items()}
+        self._made_of: Mapping[str, str] = {}  # the values that are there; nothing after a failure
+
+    def place(self, step: Step, first: int, end: int) -> Raw | None:
+        """Where rows of a step are in memory, if the model has them as they are stored."""
+        memory = self._memory[step.name]
+        if memory is None or memory[0] != step.dtype:
+            return None
+        return memory[1][first:end]
+
     def write(
         self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
     ) -> None:
         """The engine's rows, put into the parameter of that name."""
         import torch
 
-        into, at = self.parameters[step.name], first_row
-        dtype = getattr(torch, TORCH[step.dtype])
+        memory, at = self._memory[step.name], first_row
         for block in rows:
-            found = torch.from_numpy(block.view(SIGNED[block.dtype.itemsize])).view(dtype)
-            into[at : at + len(block)].copy_(found)
+            there = slice(at, at + len(block))
+            if memory is None or memory[0] not in ("F32", step.dtype):
+                stored = torch.from_numpy(block.view(SIGNED[block.dtype.itemsize]))
+                self.parameters[step.name][there].copy_(
+                    stored.view(getattr(torch, TORCH[step.dtype]))
+                )
+            else:  # not by torch, whose threads would wait for one another in each of the engine's
+                memory[1][there] = (
+                    block if memory[0] == step.dtype else to_float32(block, step.dtype)
+                )
             at += len(block)
 
     def finished(self, step: Step, digests: StepDigests) -> None:
         """Nothing: what is in memory is lost with the process."""
 
     def become(self, plan: Plan, budget: Budget) -> None:
-        """Takes on the values of `plan`; raises RunError where an input cannot be read or is not finite."""
+        """Takes on the values of `plan`; raises RunError where an input cannot be read or is not finite.
+
+        Tensors that are made of the same as those of the plan before are there already.
+        """
         import torch
 
+        made_of = {step.name: _made_of(plan, step) for step in plan.steps}
+        there, self._made_of = self._made_of, {}
+        others = [
+            s for s in plan.steps if not made_of[s.name] or made_of[s.name] != there.get(s.name)
+        ]
         with torch.no_grad():
-            run(plan, budget, self, plan.steps)
+            run(plan, budget, self, others, places=self.place)
+        self._made_of = made_of
+
+
+def _made_of(plan: Plan, step: Step) -> str:
+    """Stands for the values of a step in all plans whose models are the same files; empty where it cannot."""
+    models = [plan.models[operand.model] for operand in step.inputs]
+    if any(operand.step for operand in step.inputs) or any(model.computed for model in models):
+        return ""
+    allow = plan.recipe.sections.allow_nonfinite
+    return canonical([step.facts, [model.label for model in models], allow])
+
+
+def _memory_of(parameter: "torch.Tensor") -> tuple[str, Raw] | None:
+    """The dtype and the rows of a parameter as numpy sees them; None where it lies on another device."""
+    import torch
+
+    dtype = next((d for d, name in TORCH.items() if getattr(torch, name) == parameter.dtype), None)
+    if parameter.device.type != "cpu" or dtype is None:
+        return None
+    signed = SIGNED[parameter.element_size()]
+    return dtype, parameter.view(getattr(torch, signed.__name__)).numpy().view(STORAGE[dtype])
 
 
 class Shells:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merge.numerics import STORAGE, Array, rows_and_cols, to_float32
+from merge.numerics import STORAGE, Array, Raw, rows_and_cols, to_float32
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,15 @@ class Source:
     """`tensors`: name -> TensorInfo. `read(name, first_row, end_row, out)` fills `out`, a writable
     buffer of exactly those rows' bytes, with the tensor as stored; raises ReadError. Rows that are
     read start and end at grains (see numerics.grain_rows). `scratch(name, rows)`: bytes that reading
-    so many rows at once takes beside `out`; `held`: bytes that the source keeps in memory for all threads."""
+    so many rows at once takes beside `out`; `held`: bytes that the source keeps in memory for all threads.
+    `mapped(name, first_row, end_row)`: the same rows where the system maps them into memory, [rows, cols];
+    None where they do not lie in a file like that."""
 
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str, int, int, memoryview], None]
     scratch: Callable[[str, int], int] = lambda name, rows: 0
     held: int = 0
+    mapped: Callable[[str, int, int], Raw | None] = lambda name, first, end: None
 
     def rows(self, name: str, first_row: int, end_row: int) -> Array:
         """Rows [end_row - first_row, cols] of a tensor, widened to float32; raises ReadError."""

@@ -1,6 +1,7 @@
-"""Rows of stored tensors, read by position into given buffers.
+"""Rows of stored tensors, read by position into given buffers, or mapped.
 
-`preadv` and not a mapping: mapped pages would count in the memory of this process.
+What is read once is read by `preadv`: mapped pages would count in the memory of this process. A mapping
+pays where the same files are read again and again.
 """
 
 import os
@@ -10,14 +11,14 @@ import numpy as np
 
 from merge.disk import read_at
 from merge.errors import ReadError
-from merge.numerics import STORAGE
+from merge.numerics import STORAGE, Raw
 from merge.sources import Source, TensorInfo
 
 
 def stored_source(tensors: Mapping[str, TensorInfo]) -> Source:
     """The tensors at the places that they name."""
     reader = PositionedReader(tensors)
-    return Source(tensors, reader.read, reader.scratch)
+    return Source(tensors, reader.read, reader.scratch, mapped=reader.mapped)
 
 
 class PositionedReader:
@@ -26,6 +27,7 @@ class PositionedReader:
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self._tensors = tensors
         self._descriptors: dict[str, int] = {}
+        self._mappings: dict[str, Raw] = {}
 
     def read(self, name: str, first_row: int, end_row: int, out: memoryview) -> None:
         info = self._tensors[name]
@@ -41,9 +43,25 @@ class PositionedReader:
         except OSError as error:
             raise ReadError(f"{info.file}: cannot read tensor {name!r}: {error.strerror}") from None
         except EOFError as error:
-            raise ReadError(
-                f"{info.file}: ends inside tensor {name!r} ({error}); the file was cut off: fetch it again"
-            ) from None
+            raise _cut_off(info, name, error) from None
+
+    def mapped(self, name: str, first_row: int, end_row: int) -> Raw | None:
+        """The rows as they lie in the file, read-only; None where they are apart or not aligned.
+
+        Raises ReadError. A file that is cut off while its rows are in use ends the process.
+        """
+        info = self._tensors[name]
+        if info.strides is not None or info.offset % info.itemsize:
+            return None
+        first, end = (info.offset + row * info.row_bytes for row in (first_row, end_row))
+        try:
+            whole = self._mapping(info.file)
+            size = os.fstat(self._descriptor(info.file)).st_size
+        except OSError as error:
+            raise ReadError(f"{info.file}: cannot read tensor {name!r}: {error.strerror}") from None
+        if size < max(end, len(whole)):
+            raise _cut_off(info, name, f"byte {size}")
+        return whole[first:end].view(STORAGE[info.dtype]).reshape(end_row - first_row, info.cols)
 
     def scratch(self, name: str, rows: int) -> int:
         """Bytes that reading so many rows takes beside the buffer that they go to."""
@@ -69,6 +87,14 @@ class PositionedReader:
             read_at(self._descriptor(info.file), memoryview(values).cast("B"), position)
         np.frombuffer(out, columns.dtype).reshape(rows, info.cols)[:] = columns.T
 
+    def _mapping(self, file: str) -> Raw:
+        """The bytes of a file."""
+        known = self._mappings.get(file)
+        if known is None:
+            made: Raw = np.asarray(np.memmap(file, np.uint8, "r"))
+            known = self._mappings.setdefault(file, made)
+        return known
+
     def _descriptor(self, file: str) -> int:
         known = self._descriptors.get(file)
         if known is None:
@@ -81,3 +107,8 @@ class PositionedReader:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for descriptor in self._descriptors.values():
             close(descriptor)  # when the interpreter ends, `os` may be gone before this is
+
+
+def _cut_off(info: TensorInfo, name: str, where: object) -> ReadError:
+    what = "the file was cut off: fetch it again"
+    return ReadError(f"{info.file}: ends inside tensor {name!r} ({where}); {what}")

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny_suite import tiny_suite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merge.errors import OutputError, RequestError, RunError
-from merge.pipeline import run_recipe
+from merge.budget import make_budget
+from merge.errors import NonFiniteError, OutputError, RequestError, RunError
+from merge.pipeline import plan_parsed, run_recipe
+from merge.recipe import parse_recipe
 from merge.score import lm_of
 from merge.search.ledger import DONE, FAILED, Candidate
+from merge.search.live import LiveModel, Shells
 from merge.search.study import Outcome, Study, open_study
 from merge.shipped import shipped
 
@@ -97,7 +100,6 @@ def _die(ended: int, after: int, between: bool) -> None:
 
 def _die_while_trying(number: int) -> None:
     """The process is killed when the model of the next candidate is half written."""
-    from merge.search.live import LiveModel
 
     whole, count = LiveModel.write, iter(range(1000))
 
@@ -224,12 +226,13 @@ def test_a_candidate_answers_as_its_recipe_does_when_it_is_run(
             assert marks.as_json()["values"] == candidate.scores["values"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("live", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
 def test_a_live_model_is_the_written_one_to_the_bit(
-    tmp_path: Path, suite: Path, out_dtype: str
+    tmp_path: Path, out_dtype: str, live: str, compiled: bool
 ) -> None:
     """Also after another candidate was in its place, and where embeddings are tied."""
-    file = written(tmp_path, suite)
     recipes = [
         {
             "out_dtype": out_dtype,
@@ -239,16 +242,57 @@ def test_a_live_model_is_the_written_one_to_the_bit(
         }
         for method in ("ties", "slerp")
     ]
-    with open_study(file, tmp_path / "study") as study:
-        for number, recipe in enumerate(recipes):
-            (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(recipe))
-            folder = run_recipe(tmp_path / f"{number}.yaml", tmp_path / f"model-{number}").folder
-            live = study.scorer.live(study.scorer.plan(recipe)).model.state_dict()
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            assert loaded.config.tie_word_embeddings
-            assert live.keys() == loaded.state_dict().keys()
-            for name, value in loaded.state_dict().items():
-                assert torch.equal(live[name], value), name
+    shells, opened = Shells(getattr(torch, live), "cpu"), {}  # type: ignore[var-annotated]
+    for number, recipe in enumerate(recipes):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        folder = run_recipe(file, tmp_path / f"model-{number}").folder
+        plan = plan_parsed(parse_recipe(file.read_text(), str(file)), opened=opened)
+        shell = shells.of(plan)
+        shell.become(plan, make_budget(plan, fuse=compiled))
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, live))
+        assert loaded.config.tie_word_embeddings
+        assert_same_values(shell.model, loaded)
+
+
+def assert_same_values(live: Any, loaded: Any) -> None:
+    found, expected = live.state_dict(), loaded.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_only_tensors_that_differ_from_the_candidate_before_are_made(tmp_path: Path) -> None:
+    """After a failure, all are."""
+
+    def becomes(shells: Shells, model: str, weight: float) -> Any:
+        weights = [{"filter": "self_attn", "value": weight}, {"value": 1.0}]
+        models = [{"model": "zoo:reverser", "parameters": {"weight": weights}}, {"model": model}]
+        parameters = {"weight": 1.0, "normalize": False}
+        recipe = {"merge_method": "linear", "models": models, "parameters": parameters}
+        parsed = parse_recipe(yaml.safe_dump(recipe), str(tmp_path / "recipe.yaml"))
+        plan = plan_parsed(parsed, opened=opened)
+        shell = shells.of(plan)
+        shell.become(plan, make_budget(plan))
+        return shell.model
+
+    opened: dict[str, Any] = {}
+    shells = Shells(torch.float32, "cpu")
+    model = becomes(shells, "zoo:sorter", 0.5)
+    mlp = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        mlp.fill_(7.0)
+    becomes(shells, "zoo:sorter", 0.6)
+    assert bool((mlp == 7.0).all())
+    fresh = becomes(Shells(torch.float32, "cpu"), "zoo:sorter", 0.6)
+    attention = [m.model.layers[0].self_attn.q_proj.weight for m in (model, fresh)]
+    assert torch.equal(*attention)
+
+    spoilt = _copy("sorter", tmp_path / "spoilt", lambda weight: weight.fill_(float("nan")))
+    with pytest.raises(NonFiniteError):
+        becomes(shells, str(spoilt), 0.5)
+    again = becomes(shells, "zoo:sorter", 0.6)
+    assert_same_values(again, fresh)
 
 
 def _loaded(folder: Path) -> Any:

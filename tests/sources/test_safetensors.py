@@ -10,7 +10,7 @@ import pytest
 from families import drawn, typed, write_model, write_raw, write_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from merge.errors import ReadError, SourceError
 from merge.sources.safetensors import parse_header
@@ -177,6 +177,23 @@ def test_rows_are_read_as_the_library_reads_them(tmp_path: Path, shards: int) ->
             out = bytearray((end - first) * info.row_bytes)
             source.read(name, first, end, memoryview(out))
             assert bytes(out) == expected[name][first:end].tobytes()
+            mapped = source.mapped(name, first, end)
+            assert mapped is None or mapped.tobytes() == bytes(out)
+
+
+@pytest.mark.parametrize("before", range(4))
+def test_only_rows_at_multiples_of_their_values_size_are_mapped(
+    tmp_path: Path, before: int
+) -> None:
+    tensors = {"a": ("U8", np.zeros(before, np.uint8)), "b": ("F32", np.arange(6, dtype="f4"))}
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    source = open_safetensors(tmp_path)
+    info = source.tensors["b"]
+    mapped = source.mapped("b", 1, 4)
+    assert (mapped is not None) == (info.offset % 4 == 0)
+    if mapped is not None:
+        assert mapped.shape == (3, 1) and mapped.ravel().tolist() == [1.0, 2.0, 3.0]
+        assert not mapped.flags.writeable
 
 
 def test_a_file_that_shrinks_after_opening_is_a_read_error(tmp_path: Path) -> None:
@@ -186,6 +203,19 @@ def test_a_file_that_shrinks_after_opening_is_a_read_error(tmp_path: Path) -> No
     name, info = max(source.tensors.items(), key=lambda item: item[1].offset)
     with pytest.raises(ReadError, match=r"model\.safetensors: ends inside tensor"):
         source.read(name, 0, info.rows, memoryview(bytearray(info.nbytes)))
+
+
+@pytest.mark.parametrize("mapped_before", [True, False])
+def test_a_mapped_file_that_shrinks_is_a_read_error(tmp_path: Path, mapped_before: bool) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros((2, 8), np.float32), "b": np.ones((2, 8), np.float32)}, file)
+    source = open_safetensors(tmp_path)
+    if mapped_before:
+        assert source.mapped("a", 0, 2) is not None
+    file.write_bytes(file.read_bytes()[:-10])
+    for name in ("a", "b") if mapped_before else ("b",):
+        with pytest.raises(ReadError, match=r"model\.safetensors: ends inside tensor"):
+            source.mapped(name, 0, 2)
 
 
 # -- laws over drawn headers -----------------------------------------------------------------------
