@@ -6,6 +6,7 @@ reads, then makes a live model take on candidates of other weights, in turns, an
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -149,9 +150,7 @@ def read_through(threads: int, models: Sequence[Path]) -> None:
 
 def _other_weights(text: str, i: int) -> str:
     """The recipe of another candidate."""
-    return text.replace("weight: 0.5", f"weight: {0.5 + 0.01 * i}").replace(
-        "t: 0.4", f"t: {0.4 + 0.01 * i}"
-    )
+    return re.sub(r"(weight|t): ([0-9.]+)", lambda m: f"{m[1]}: {float(m[2]) + 0.01 * i:g}", text)
 
 
 if __name__ == "__main__":
