@@ -1,6 +1,8 @@
 """The modules that transformers makes of a model: what PEFT can adapt, by their names in memory."""
 
+import importlib
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -9,22 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from merge.anatomy import COUNTS, SIDE_COUNTS
+from merge.apart import answer_of, reason_of, run_apart
 from merge.errors import SourceError
 from merge.sections import shown
+from merge.sources import Source
 from merge.sources.model import Model, read_json, text_config
 
 SECONDS, BYTES = 300, 8 << 30  # for building; 7 s and 0.4 GiB measured for 126 layers
-ASK = """
-import importlib, json, resource, sys
-from pathlib import Path
-from merge.sources import Source
-from merge.sources.model import Model
-label, folder, most, module, function = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_DATA, (int(most), int(most)))
-ask = getattr(importlib.import_module(module), function)
-found = ask(Model(label, Path(folder), json.load(sys.stdin), Source({}, print)))
-print(json.dumps(vars(found), default=sorted))
-"""
 
 
 @dataclass(frozen=True)
@@ -77,21 +70,29 @@ def asked(ask: Callable[[Model], Any], model: Model) -> dict[str, Any]:
     ask: a function of a module, which looks at the folder and config of the model. Raises SourceError.
     """
     _check_layers(model)
-    # -P: a torch.py in the current folder is not what is meant
-    command = [sys.executable, "-P", "-c", ASK, model.label, str(model.folder), str(BYTES)]
-    command += [ask.__module__, ask.__name__]
+    of = (model.label, str(model.folder), str(BYTES), ask.__module__, ask.__name__)
     config = json.dumps(dict(model.config))
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, input=config, timeout=SECONDS
-        )
+        done = run_apart("merge.adapters.modules", *of, told=config, seconds=SECONDS)
     except subprocess.TimeoutExpired:
         what = f"transformers has not built what config.json describes in {SECONDS} seconds"
         raise SourceError(f"{model.label}: {what}; check its sizes") from None
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
-        raise SourceError(last.removeprefix("merge.errors.SourceError: "))
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        raise SourceError(reason_of(done).removeprefix("merge.errors.SourceError: "))
+    return json.loads(answer_of(done))  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    """Answers `asked`, in as much memory as it says."""
+    label, folder, most, module, function = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_DATA, (int(most), int(most)))
+    ask = getattr(importlib.import_module(module), function)
+    found = ask(Model(label, Path(folder), json.load(sys.stdin), Source({}, _nothing)))
+    print(json.dumps(vars(found), default=sorted))
+
+
+def _nothing(*_: object) -> None:
+    raise AssertionError("only the config is looked at")
 
 
 def _check_layers(model: Model) -> None:
@@ -136,3 +137,7 @@ def known_config(folder: Path, table: Mapping[str, Any]) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     rest = {key: value for key, value in table.items() if key != "model_type"}
     return AutoConfig.for_model(table["model_type"], **rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,10 +31,14 @@ from merge.sources import Source, TensorInfo
 
 class Rows(Protocol):
     """A matrix. `read(first, end)`: any rows of it, [end - first, cols] as `info.dtype` is stored, for the
-    caller to change; raises ReadError. `room(rows)`: bytes that reading so many takes, with themselves."""
+    caller to change; raises ReadError. `room(rows)`: bytes that reading so many takes, with themselves.
+    `sources`: where it is read from."""
 
     @property
     def info(self) -> TensorInfo: ...
+
+    @property
+    def sources(self) -> Sequence[Source]: ...
 
     def read(self, first: int, end: int) -> Raw: ...
 
@@ -52,7 +56,9 @@ class Making:
         return self.tensors.setdefault(name, rows).info
 
     def source(self) -> Source:
-        return Source({n: rows.info for n, rows in self.tensors.items()}, self._read, self._scratch)
+        infos = {name: rows.info for name, rows in self.tensors.items()}
+        inside = {id(s): s.held for rows in self.tensors.values() for s in rows.sources}
+        return Source(infos, self._read, self._scratch, sum(inside.values()))
 
     def _read(self, name: str, first: int, end: int, out: memoryview) -> None:
         rows = self.tensors[name]
@@ -83,6 +89,10 @@ class Stretch:
         of = self.source.tensors[self.name]
         return TensorInfo(of.dtype, (self.end - self.first, *of.shape[1:]), stored=of.written)
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        return (self.source,)
+
     def read(self, first: int, end: int) -> Raw:
         """What is computed as it is read is read by whole grains, as its source wants it."""
         of = self.source.tensors[self.name]
@@ -103,6 +113,7 @@ class Zeros:
     """A matrix of zeros."""
 
     info: TensorInfo
+    sources: Sequence[Source] = ()
 
     def read(self, first: int, end: int) -> Raw:
         return np.zeros((end - first, self.info.cols), STORAGE[self.info.dtype])
@@ -122,6 +133,10 @@ class Scaled:
     def info(self) -> TensorInfo:
         return _computed(self.of.info)
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self.of.sources
+
     def read(self, first: int, end: int) -> Array:
         return _floats(self.of, first, end) * np.float32(self.factor)
 
@@ -140,6 +155,10 @@ class Noisy:
     @property
     def info(self) -> TensorInfo:
         return _computed(self.of.info)
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self.of.sources
 
     def read(self, first: int, end: int) -> Array:
         values = _floats(self.of, first, end)
@@ -192,6 +211,10 @@ class Redrawn:
     def info(self) -> TensorInfo:
         return _computed(self.of.info)
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self.of.sources
+
     def read(self, first: int, end: int) -> Array:
         mean, std = self._mean_and_std()
         values = _floats(self.of, first, end)
@@ -236,10 +259,40 @@ class Redrawn:
 
 
 @dataclass(frozen=True)
+class Middle:
+    """`count` rows that are each the mean of all rows of `of`, which are few and narrow."""
+
+    of: Rows
+    count: int
+
+    @property
+    def info(self) -> TensorInfo:
+        whole = self.of.info
+        return _computed(replace(whole, shape=(self.count, *whole.shape[1:])))
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self.of.sources
+
+    def read(self, first: int, end: int) -> Array:
+        whole = _floats(self.of, 0, self.of.info.rows).astype(np.float64)
+        mean = (row_sums(np.ascontiguousarray(whole.T)) / len(whole)).astype(np.float32)
+        return np.repeat(mean[None], end - first, axis=0)
+
+    def room(self, rows: int) -> int:
+        whole = self.of.info.rows
+        return self.of.room(whole) + (24 * whole + 4 * rows) * self.info.cols
+
+
+@dataclass(frozen=True)
 class Stacked:
     """The rows of all `parts`, one after another."""
 
     parts: Sequence[Rows]
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return [source for part in self.parts for source in part.sources]
 
     @property
     def info(self) -> TensorInfo:
@@ -265,6 +318,10 @@ class Beside:
     """The columns of all `parts`, one after another."""
 
     parts: Sequence[Rows]
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return [source for part in self.parts for source in part.sources]
 
     @property
     def info(self) -> TensorInfo:

@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 from merge.anatomy import matched
 from merge.errors import PlanError
-from merge.experts.mixture import Assembled, Expert, Routing
-from merge.experts.routing import example_files, routing_of
-from merge.experts.sections import ExpertEntry, SharedExpert
-from merge.experts.texts import texts_digest, texts_of
+from merge.experts.assembly import Assembled, Expert, Routing
+from merge.experts.configs import check_configs
+from merge.experts.routing import example_digests, routing_of
+from merge.experts.sections import FROM_TEXTS, ExpertEntry, SharedExpert
 from merge.methods import all_methods
 from merge.plan import Operand, Plan, Step
 from merge.sources import Source
@@ -25,10 +26,9 @@ def with_experts(
 
     index, made: as of a Lineup.
     """
+    check_configs(plan.models)
     found = _assembled(plan, index, made)
-    names = [name for entry in plan.recipe.sections.experts or () for name in entry.texts]
-    files = example_files(plan.recipe, names)
-    texts = [[file.name, texts_digest(texts_of(file))] for file in files]
+    texts = [[file.name, digest] for file, digest in found.texts.items()]
     return replace(
         plan,
         told={**plan.told, "texts": texts} if texts else plan.told,
@@ -44,19 +44,19 @@ def _assembled(
     plan: Plan, index: Mapping[str, int], made: Mapping[int, Mapping[str, Step]]
 ) -> Assembled:
     if plan.recipe.sections.mixture:
-        from merge.experts.changing import changed
+        from merge.experts.lora.changing import changed
 
         return changed(plan, index, made)
     ground = Ground(plan, index, made)
     if ground.format == "routed":
-        from merge.experts.routed import routed
+        from merge.experts.lora.routed import routed
 
         return routed(ground)
     if ground.format == "peft":
-        from merge.experts.peft_folder import peft
+        from merge.experts.xlora.folder import peft
 
         return peft(ground)
-    from merge.experts.moe import moe
+    from merge.experts.stock.moe import moe
 
     return moe(ground)
 
@@ -90,6 +90,11 @@ class Ground:
     def format(self) -> str:
         """routed, dense or peft for adapters; dense for models."""
         return self.sections.format or ("routed" if self.of_adapters else "dense")
+
+    @cached_property
+    def texts(self) -> Mapping[Path, str]:
+        """The files that routers are made from, each with the digest of its texts; raises PlanError."""
+        return example_digests(self.recipe) if self.routing.mode in FROM_TEXTS else {}
 
     @property
     def next_index(self) -> int:

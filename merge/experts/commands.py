@@ -26,7 +26,9 @@ TEXT = click.option(
 @TEXT
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first N texts of each file.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw a heat map, as PNG."
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw a heat map, as PNG, PDF or SVG.",
 )
 @TRUST
 @JSON
@@ -41,7 +43,8 @@ def routing_command(
 
     Example: mergetool routing out/mix --text poems.txt --text code.txt --plot routing.png
     """
-    from merge.experts.statistics import check_plot, draw, tables, traffic_of
+    from merge.experts.routers.showing import check_plot, draw, tables
+    from merge.experts.routers.traffic import traffic_of
     from merge.experts.texts import read_texts, text_files
 
     if plot:
@@ -52,9 +55,10 @@ def routing_command(
     texts = {label: read_texts([f])[:limit] for label, f in zip(labels, found, strict=True)}
     with progress("routing", sum(map(len, texts.values()))) as count:
         traffic = traffic_of(folder, texts, trusted=trusted, progress=count)
+    click.echo(json.dumps(traffic.as_json(), indent=1) if as_json else tables(traffic))
     if plot:
         draw(traffic, plot)
-    click.echo(json.dumps(traffic.as_json(), indent=1) if as_json else tables(traffic))
+        click.echo(f"{plot}: the shares of all experts in every layer", err=as_json)
 
 
 @click.command("train-router")
@@ -129,7 +133,7 @@ def train_router_command(
     Example: mergetool train-router out/mix --text zoo:texts --output out/mix-trained
     """
     from merge.experts.texts import text_files
-    from merge.experts.training import Course, train_router
+    from merge.experts.training.learning import Course, train_router
 
     course = Course(steps, rate, batch, balance, z_loss, seed, length, eos)
     with _bar(steps) as told:

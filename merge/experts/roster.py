@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge.errors import PlanError
-from merge.experts.mixture import Expert, Routing
+from merge.experts.assembly import Expert, Routing
+from merge.experts.names import is_trained
+from merge.experts.routing import are, up_to
 from merge.experts.sections import FROM_TEXTS, RouterSection
 from merge.numerics import random_key
 from merge.recipe import Recipe
+from merge.sources.model import Model
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,38 @@ def top_k_of(recipe: Recipe, former: int, count: int) -> tuple[int, list[str]]:
     if given and given > count:
         where = recipe.where("router" if section and section.top_k else "experts_per_token")
         raise PlanError(
-            f"{where}: top_k is {given}, and there are {count} experts; it must be 1 to {count}"
+            f"{where}: top_k is {given}, and there {are(count)}; it must be {up_to(count)}"
         )
     if not given and former > count:
-        there = "is 1 expert" if count == 1 else f"are {count} experts"
-        return count, [f"top_k is {count} instead of {former}: there {there}"]
+        return count, [f"top_k is {count} instead of {former}: there {are(count)}"]
     return given or former, []
+
+
+def equal_scores(mode: str, top_k: int, count: int) -> list[str]:
+    """A note where added experts get the same scores as all others, and would never be chosen."""
+    if mode != "uniform" or top_k >= count:
+        return []
+    return [
+        f"of equal scores the first {top_k} of {count} experts are always chosen: write router: "
+        f"{{top_k: {count}}}, or train the routers"
+    ]
+
+
+def train_again(mixture: Model) -> list[str]:
+    """A note where routers have learnt and experts join."""
+    if not is_trained(mixture.folder):
+        return []
+    return [
+        f"the routers of {mixture.label} were trained, and the rows of added experts are not: train them "
+        "again (mergetool train-router)"
+    ]
+
+
+def idle_keys(section: RouterSection | None, with_mode: bool) -> list[str]:
+    """The keys given of `router` that say how rows of added experts are made, and nothing about kept ones."""
+    given = section.model_fields_set if section else set()
+    found = ["mode"] if with_mode else []
+    return found + [key for key in ("temperature", "seed") if key in given]
 
 
 def added_routing(recipe: Recipe, roster: Roster, like: Routing) -> Routing:

@@ -41,23 +41,31 @@ def read_texts(files: Sequence[Path]) -> list[Text]:
 
 
 def text_files(given: Sequence[Path]) -> list[Path]:
-    """The files that a command names: of zoo:texts those of the tiny family, of a folder all with texts;
-    raises PlanError where it has none."""
+    """The files that a command or a recipe names: of zoo:texts those of the tiny family, zoo:texts/NAME one
+    of them, of a folder all with texts; raises PlanError where it has none."""
     found: list[Path] = []
     for place in given:
-        folder = shipped("evals/zoo") / "texts" if str(place) == ZOO_TEXTS else place
+        folder = _in_zoo(place)
         within = sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
         if folder.is_dir() and not within:
             raise PlanError(
                 f"{place}: holds no texts; a folder of texts has {' or '.join(SUFFIXES)} files"
             )
-        found += within if folder.is_dir() else [place]
+        found += within if folder.is_dir() else [folder]
     return found
 
 
-def texts_in(file: Path) -> Iterator[str]:
-    """As texts_of, each in one piece."""
-    return (text.whole for text in texts_of(file))
+def _in_zoo(place: Path) -> Path:
+    """The place itself unless it is zoo:texts or a file of those; raises PlanError for one that is none."""
+    head, _, name = str(place).partition("/")
+    if head != ZOO_TEXTS:
+        return place
+    folder = shipped("evals/zoo") / "texts"
+    known = sorted(file.name for file in folder.iterdir())
+    if name and name not in known:
+        listed = ", ".join(f"{ZOO_TEXTS}/{each}" for each in known)
+        raise PlanError(f"{place}: is none of the tiny family's texts; there are {listed}")
+    return folder / name
 
 
 def texts_of(file: Path) -> Iterator[Text]:
@@ -93,9 +101,26 @@ def _told(place: str, line: str) -> Text:
     )
 
 
+class TextsDigest:
+    """XXH3-128 of what the texts say that have gone through `of`, in their order; not of where they stand."""
+
+    def __init__(self) -> None:
+        self._found = xxhash.xxh3_128()
+
+    def of(self, texts: Iterable[Text]) -> Iterator[Text]:
+        """The texts, each counted as it is taken."""
+        for text in texts:
+            self._found.update(json.dumps([text.prompt, text.completion]).encode() + b"\n")
+            yield text
+
+    @property
+    def hex(self) -> str:
+        return self._found.hexdigest()
+
+
 def texts_digest(texts: Iterable[Text]) -> str:
-    """XXH3-128 of what the texts say, in their order; not of where they stand."""
-    found = xxhash.xxh3_128()
-    for text in texts:
-        found.update(json.dumps([text.prompt, text.completion]).encode() + b"\n")
-    return found.hexdigest()
+    """TextsDigest of all."""
+    found = TextsDigest()
+    for _ in found.of(texts):
+        pass
+    return found.hex

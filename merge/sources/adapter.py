@@ -25,6 +25,7 @@ from merge.sources.model import (
     ADAPTER_WEIGHTS,
     Model,
     changed_config,
+    class_names,
     read_json,
     text_config,
 )
@@ -37,13 +38,16 @@ ARRAYS = 3 * 8 + 4  # bytes for each element of a grain: the sum, the product, a
 HEADS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 
 
-def with_adapter(model: Model, folder: Path, name: str, commit: str | None = None) -> Model:
-    """`model` with the LoRA adapter in `folder` merged into it, which `name` tells to others.
+def with_adapter(
+    model: Model, folder: Path, name: str, commit: str | None = None, *, headless: bool = False
+) -> Model:
+    """`model` with the LoRA adapter in `folder` merged into it, which `name` tells to others. headless: as
+    of opened_adapter.
 
     Its changed tensors read as float32 and are written in the dtype of the base's. Raises SourceError for an
     adapter of another kind or of another base, before any values are read.
     """
-    config, adapter, found = opened_adapter(model, folder)
+    config, adapter, found = opened_adapter(model, folder, headless=headless)
     adapted = _Adapted(model.source, adapter, found)
     public = f"{model.public_name}+{name}"
     return replace(
@@ -107,16 +111,22 @@ def _factors(adapter: Source, product: Product) -> tuple[Array, Array]:
     return np.float32(product.scale) * b, np.ascontiguousarray(a)
 
 
-def opened_adapter(model: Model, folder: Path) -> tuple[Config, Source, dict[str, Change]]:
-    """An adapter's config, its tensors, and what it changes of `model`; raises SourceError."""
+def opened_adapter(
+    model: Model, folder: Path, *, headless: bool = False
+) -> tuple[Config, Source, dict[str, Change]]:
+    """An adapter's config, its tensors, and what it changes of `model`; raises SourceError.
+
+    headless: without a head that the model has tied to its embedding; what is done to that is not doubted.
+    """
     config = read_config(str(folder / ADAPTER), read_json(folder / ADAPTER))
     stored = _stored(folder)
     kind = str(model.config.get("model_type"))
     found = changes(
         config, stored, model.source.tensors, label=model.label, model_type=kind,
-        grown=_growing(model, folder),
+        grown=_growing(model, folder), headless=headless,
     )  # fmt: skip
-    _check_tied(model, config, found)
+    if not headless:
+        _check_tied(model, config, found)
     return config, stored_source(stored), found
 
 
@@ -149,7 +159,9 @@ def _joined(base: str | None, adapter: str | None) -> str | None:
 
 def _base_note(model: Model, config: Config, name: str) -> Iterator[str]:
     told = config.base.partition("@")[0].rstrip("/")
-    known = {model.label, model.public_name, str(model.folder), model.folder.name}
+    if model.within and not model.known_as:
+        return  # the base of a mixture that does not tell what it was called
+    known = {model.label, model.public_name, str(model.folder), model.folder.name, *model.known_as}
     if told and not {told, Path(told).name} & {label.partition("@")[0] for label in known}:
         yield f"{name}: the adapter was trained on {told[:100]!r}"
 
@@ -163,15 +175,15 @@ def _check_tied(model: Model, config: Config, found: Mapping[str, Change]) -> No
     vocabulary = text_config(model.config).get("vocab_size")
     tensors = model.source.tensors.items()
     matrices = [name for name, t in tensors if len(t.shape) == 2 and t.rows == vocabulary]
-    generates = any(str(a).endswith(HEADS) for a in model.config.get("architectures") or ())
+    generates = any(name.endswith(HEADS) for name in class_names(model.config))
     if not (model.tied or (generates and len(matrices) == 1)):
         return
     for change in (found.get(name, Change()) for name in matrices):
         if change.product or (change.whole and not config.keeps_tied):
             raise SourceError(
                 f"{config.where}: changes what is embedding and head of {model.label} at once, and PEFT "
-                "merges it otherwise than it runs it; untie the two in the base, or train modules_to_save "
-                "with ensure_weight_tying"
+                "merges it otherwise than it runs it; untie the two in the base, train modules_to_save with "
+                "ensure_weight_tying, or, in a mixture, leave it out (saved_modules: base)"
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from merge.errors import SourceError
 from merge.sources import Source
-from merge.sources.model import Model
+from merge.sources.model import Model, class_names
 
 ROUTED, OF_TYPE = "Routed", "routed_"  # how names of its class and model_type begin
 BASE = "base_layer"
@@ -115,7 +115,7 @@ def _plain(name: str, own: Mapping[str, str]) -> str:
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the base."""
     rest = {key: value for key, value in config.items() if key not in ("mixture", "auto_map")}
-    kinds = [str(kind).removeprefix(ROUTED) for kind in config.get("architectures") or ()]
+    kinds = [kind.removeprefix(ROUTED) for kind in class_names(config)]
     return rest | {
         "model_type": str(config["model_type"]).removeprefix(OF_TYPE),
         "architectures": kinds,

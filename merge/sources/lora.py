@@ -207,13 +207,16 @@ def changes(
     label: str,
     model_type: str,
     grown: Mapping[str, str],
+    headless: bool = False,
 ) -> dict[str, Change]:
     """What the adapter does, by the base's tensor names; every tensor of the adapter is used.
 
-    grown: the base's tensors that may have more rows in the adapter. Raises SourceError, naming a tensor,
+    grown: the base's tensors that may have more rows in the adapter. headless: what it does to a head that
+    the base has not (see `lost_head`) is left out. Raises SourceError, naming a tensor,
     where adapter and base (`label`) do not fit together.
     """
-    fit = _Fit(config, adapter, base, label, model_type)
+    lost = lost_head(adapter, base) if headless else set()
+    fit = _Fit(config, {n: i for n, i in adapter.items() if n not in lost}, base, label, model_type)
     found: dict[str, Change] = {}
     for name, target in fit.whole_tensors():
         if target in found:
@@ -232,6 +235,17 @@ def changes(
                 )
             found[target] = replace(change, whole=before.whole)
     return found
+
+
+def lost_head(adapter: Mapping[str, TensorInfo], base: Mapping[str, TensorInfo]) -> set[str]:
+    """The adapter's tensors for a head of its own, where the base has none: its embedding is its head."""
+    head = HEAD.removesuffix("weight")
+    names = {name: WRAPPER.sub("", name.removeprefix(PREFIX)) for name in adapter}
+    return (
+        set()
+        if Names(base).fitting(HEAD)
+        else {n for n, of in names.items() if of.startswith(head)}
+    )
 
 
 @dataclass(frozen=True)
@@ -361,7 +375,8 @@ class _Fit:
                 f"{self.config.where}: {name!r} may belong to {found[0]!r} or {found[1]!r} of {self.label}"
             )
         if not found:
-            tied = "its embedding is its head: untie the two first"
+            tied = "its embedding is its head: untie the two first, or, in a mixture, leave it out "
+            tied += "(saved_modules: base)"
             raise SourceError(
                 f"{self.config.where}: {name!r} belongs to {wanted!r}, which {self.label} lacks; "
                 f"{tied if wanted == HEAD else 'it is an adapter of another base'}"

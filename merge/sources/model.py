@@ -23,7 +23,8 @@ class Model:
     `adapters`. `computed`: it is a merge that is
     not written, with the folder of the model that lends its files. `name`: what may be told to others,
     where neither label nor folder does. `notes`: doubts that came up as it was opened. `zeros`: nothing of
-    it but names and shapes counts. `within`: the mixture of adapters that it is the base inside of.
+    it but names and shapes counts. `within`: the mixture of adapters that it is the base inside of, and
+    `known_as` what those adapters may call it.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Model:
     notes: tuple[str, ...] = ()
     zeros: bool = False
     within: "Model | None" = None
+    known_as: tuple[str, ...] = ()
 
     @property
     def public_name(self) -> str:
@@ -69,6 +71,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else config
 
 
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """The classes that config.json names; none where it does not."""
+    told = config.get("architectures")
+    return [str(name) for name in told] if isinstance(told, list) else []
+
+
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with other values where it has the keys: in its table about text, else at the top."""
     text = config.get("text_config")
@@ -84,6 +92,15 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 def holds_adapter(folder: Path) -> bool:
     """Whether an adapter is in `folder`, and no model."""
     return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raises SourceError for a mixture of adapters in PEFT's own format, which is no model."""
+    if holds_adapter(folder) and read_json(folder / ADAPTER).get("peft_type") == "XLORA":
+        raise SourceError(
+            f"{folder}: is a mixture of adapters that PEFT loads (format: peft), and no model; make the same "
+            "experts with format: routed"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -11,7 +11,15 @@ from merge.shipped import shipped
 from merge.sources import Source
 from merge.sources.adapter import with_adapter
 from merge.sources.foreign import foreign_files, refuse_declared, refuse_quantised
-from merge.sources.model import ADAPTER, ZOO, Model, holds_adapter, public_name, read_json
+from merge.sources.model import (
+    ADAPTER,
+    ZOO,
+    Model,
+    holds_adapter,
+    public_name,
+    read_json,
+    refuse_adapters,
+)
 from merge.sources.weights import open_weights
 
 HUB_ID = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?$")
@@ -26,6 +34,7 @@ def open_model(
     peek: Peek | None = None,
     fetch_adapter: Fetch | None = None,
     seen_as: Callable[[Model], Model] | None = None,
+    headless: bool = False,
 ) -> Model:
     """The model that `label` names, with its adapters; raises SourceError.
 
@@ -33,6 +42,7 @@ def open_model(
     -> (folder, commit) gets a model from the hub; None means that this is not wanted. peek(repo,
     revision) -> (folder, commit, source) is taken instead where only headers are needed.
     fetch_adapter: as fetch, for adapters. seen_as: what the model is taken for, before adapters come onto it.
+    headless: as of with_adapter.
     """
     base, *adapters = _parts(label, beside)
     model = _open_plain(base, beside, fetch, peek)
@@ -43,7 +53,8 @@ def open_model(
             raise SourceError(
                 f"model {label!r}: {part} is a model; what follows a plus is an adapter"
             )
-        model = with_adapter(model, folder, public_name(part, folder, commit), commit)
+        name = public_name(part, folder, commit)
+        model = with_adapter(model, folder, name, commit, headless=headless)
     return replace(model, label=label)
 
 
@@ -82,6 +93,7 @@ def _open_plain(
         return folder, commit
 
     folder, commit = locate(label, beside, peeking if peek else fetch)
+    refuse_adapters(folder)
     if holds_adapter(folder):
         raise SourceError(
             f"model {label!r}: is an adapter; write the model that it adapts, a plus and this"

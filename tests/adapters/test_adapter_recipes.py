@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from merge.adapters.modules import modules_of
 from merge.adapters.run import adapter_budget, run_adapter
 from merge.errors import OutputError, PlanError, RecipeError, RequestError, VerifyError
-from merge.experts.loading import check_loads
+from merge.experts.checks.loading import check_loads
 from merge.methods import all_methods
 from merge.pipeline import plan_recipe, run_recipe
 from merge.verify import verify_folder

@@ -43,10 +43,14 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def dense(folder: Path, kind: str, *names: str) -> Path:
-    """`folder` with a model of that kind under each of `names`, of other weights each."""
+def dense(folder: Path, kind: str, *names: str, **changes: Any) -> Path:
+    """`folder` with a model of that kind under each of `names`, of other weights each; `changes` of the
+    config."""
     for seed, name in enumerate(names):
-        saved(folder / name, CONFIGS[kind](), seed=seed)
+        config = CONFIGS[kind]()
+        for key, value in changes.items():
+            setattr(config, key, value)
+        saved(folder / name, config, seed=seed)
     return folder
 
 

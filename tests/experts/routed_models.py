@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from merge import run_recipe
-from merge.experts.classes import classes_of
+from merge.sources.model import Model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -52,6 +52,7 @@ OF_GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positio
 OF_T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
 BASES: dict[str, Callable[..., Any]] = {
     "llama": lambda **s: LlamaForCausalLM(LlamaConfig(**SIZES | s, rope_theta=500.0)),
+    "tied": lambda **s: LlamaForCausalLM(LlamaConfig(**SIZES | s, tie_word_embeddings=True)),
     "mistral": lambda **s: MistralForCausalLM(MistralConfig(**SIZES | s)),
     "phi3": lambda **s: Phi3ForCausalLM(Phi3Config(**SIZES | s)),
     "qwen2": lambda **s: Qwen2ForCausalLM(Qwen2Config(**SIZES | s)),
@@ -138,9 +139,15 @@ def in_one_process() -> Iterator[None]:
     """Within it, transformers is asked in this process, which has it already, and what run_recipe wrote is
     not loaded to see whether it can be: `of` does that."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merge.experts.routed.asked_classes", classes_of)
-        patch.setattr("merge.pipeline.check_loads", lambda folder: {}, raising=False)
+        patch.setattr("merge.experts.lora.classes.asked", _asked_here)
+        patch.setattr("merge.experts.lora.classes.kept", lambda key: None)
+        patch.setattr("merge.experts.lora.classes.keep", lambda key, told: None)
+        patch.setattr("merge.pipeline.check_loads", lambda folder, **_: {}, raising=False)
         yield
+
+
+def _asked_here(ask: Callable[[Model], Any], model: Model) -> Any:
+    return json.loads(json.dumps(vars(ask(model)), default=sorted))
 
 
 def recipe(folder: Path, model: Path, adapters: Mapping[str, Path], **sections: Any) -> Path:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dense_models import dense, mixed
 from peft_models import saved
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -39,6 +40,19 @@ def qwen3(folder: Path, *, top_k: int = 2, normalise: bool = True) -> Path:
         norm_topk_prob=normalise,
     )
     return _with_tokenizer(saved(Qwen3MoeForCausalLM(config), folder))
+
+
+def stock(kind: str, folder: Path) -> Path:
+    """A mixture of three random models of the kind that becomes it, all its routers random."""
+    told = {
+        "glm4_moe": ("llama", {"architecture": "deepseek"}),
+        "qwen2_moe": ("qwen2", {}),
+        "deepseek_v2": ("deepseek_v2", {"router": {"normalise": False}}),
+        "deepseek_v3": ("deepseek_v3", {}),
+    }
+    dense_kind, keys = told[kind]
+    dense(folder, dense_kind, "base", "a", "b", "c", vocab_size=SIZE["vocab_size"])
+    return _with_tokenizer(mixed(folder, ["a", "b", "c"], **keys).folder)
 
 
 def _with_tokenizer(folder: Path) -> Path:

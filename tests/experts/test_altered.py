@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -18,6 +19,7 @@ from merge.experts.altered import (
     Beside,
     Columns,
     Making,
+    Middle,
     Noisy,
     Redrawn,
     Rows,
@@ -71,6 +73,7 @@ ALL: dict[str, Rows] = {
     "stacked": Stacked(
         [whole(), Noisy(whole(), 0.1, 3), Stretch(source(VALUES, "BF16"), "w", 5, 9)]
     ),
+    "middle": Middle(whole(), 500),
     "beside": Beside([whole(), Scaled(whole(), 2.0), Noisy(whole(VALUES[:, :5]), 0.1, 3)]),
 }
 
@@ -107,6 +110,23 @@ def test_what_is_joined_is_what_its_parts_are() -> None:
     mixed = Beside([whole(), Stretch.whole(source(VALUES, "BF16"), "w")])
     assert mixed.info.dtype == "F32"
     assert Stacked([Stretch(source(VALUES, "BF16"), "w", 0, 2)] * 2).info.dtype == "BF16"
+
+
+def test_a_middle_is_the_mean_of_all_rows() -> None:
+    found = Middle(whole(VALUES[:, :3]), 2)
+    assert found.info.shape == (2, 3)
+    assert np.allclose(found.read(0, 2), VALUES[:, :3].astype(np.float64).mean(axis=0), atol=1e-7)
+
+
+def test_what_sources_inside_hold_is_told_once_for_each() -> None:
+    """Adapters keep factors, for all that is made of them."""
+    one, two = (replace(source(VALUES), held=held) for held in (100, 30))
+    making = Making()
+    making.add("a", Stacked([Noisy(Stretch.whole(one, "w"), 0.1, 3), Stretch.whole(two, "w")]))
+    making.add(
+        "b", Beside([Scaled(Stretch.whole(one, "w"), 2.0), Zeros(TensorInfo("F32", (700, 1)))])
+    )
+    assert making.source().held == 130
 
 
 def test_noise_is_standard_normal_times_its_scale() -> None:
@@ -165,7 +185,7 @@ import sys
 from pathlib import Path
 from merge import pipeline
 from merge.pipeline import run_recipe
-pipeline.check_loads = lambda folder: {}  # a process of its own
+pipeline.check_loads = lambda folder, **_: {}  # a process of its own
 result = run_recipe(sys.argv[1], Path(sys.argv[1]).parent / "out", memory="400MiB", threads=2)
 status = Path("/proc/self/status").read_text()
 print(result.budget.peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from merge import run_recipe
 from merge.errors import PlanError
-from merge.experts.arrow import input_direction
 from merge.experts.assembling import Ground
-from merge.experts.mixture import Factors, Site
-from merge.experts.routers import router_source
+from merge.experts.assembly import Factors, Site
+from merge.experts.routers.arrow import input_direction
+from merge.experts.routers.rows import router_source
 from merge.sources.adapter import factors_of
 
 MIXED: list[dict[str, Any]] = [

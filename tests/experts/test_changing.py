@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,16 @@ import pytest
 import torch
 import yaml
 from dense_models import LAYERS, dense, mixed
+from grounds import tokenized
 from peft_models import adapter as plain_adapter
 from real import loaded, saved
-from routed_models import adapter, apart, base, logits, mixture, routed
-from safetensors.torch import load_file
+from routed_models import adapter, apart, base, in_one_process, logits, mixture, routed
+from safetensors.torch import load_file, save_file
 from transformers import MistralConfig
 
 from merge.budget import make_budget
 from merge.errors import PlanError, RecipeError, RequestError
-from merge.experts.loading import check_loads, check_loads_here
+from merge.experts.checks.loading import check_loads, check_loads_here
 from merge.pipeline import plan_recipe, run_recipe
 from merge.verify import verify_folder
 
@@ -58,6 +59,13 @@ def same(a: Path, b: Path) -> None:
 
 
 # -- mixtures of adapters --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process() -> Iterator[None]:
+    with in_one_process():
+        yield
+
 
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"target_modules": ["q_proj", "v_proj"], "r": 4},
@@ -159,6 +167,18 @@ def test_fixed_shares_keep_their_proportions_or_are_given_anew(
     same(anew, whole)
 
 
+@pytest.mark.parametrize(("router", "noted"), [({}, True), ({"top_k": 3}, False)])
+def test_an_expert_that_equal_scores_never_choose_is_noted(
+    made: Made, adapters: dict[str, Path], router: dict[str, Any], noted: bool, tmp_path: Path
+) -> None:
+    entry = {"adapter": str(adapters["dora"]), "name": "dora"}
+    file = written(
+        tmp_path, mixture=str(made(*PAIR, mode="uniform")), experts=[entry], router=router
+    )
+    notes = plan_recipe(file, offline=True).notes
+    assert any("the first 2 of 3 experts are always chosen" in note for note in notes) == noted
+
+
 def test_a_model_with_random_routers_keeps_their_rows(
     made: Made, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -174,6 +194,7 @@ def test_a_model_with_random_routers_keeps_their_rows(
     assert config(out)["mixture"]["experts"] == [*PAIR, "dora"]
 
 
+@pytest.mark.usefixtures("here")
 def test_what_prompts_teach_an_added_expert_is_what_they_teach_in_a_new_mixture(
     tmp_path: Path,
 ) -> None:
@@ -193,8 +214,46 @@ def test_what_prompts_teach_an_added_expert_is_what_they_teach_in_a_new_mixture(
         told["router"] = {"mode": "hidden", "per": "layer"}
         outs[count] = tmp_path / str(count)
         run_recipe(written(tmp_path, **told), outs[count], load=False)
-    added = change(tmp_path / "out", outs[2], experts=experts[2:], router={"mode": "hidden"})
-    same(added, outs[3])
+    file = written(tmp_path, mixture=str(outs[2]), experts=experts[2:])  # hidden, as it was made
+    result = run_recipe(file, tmp_path / "out", load=False)
+    same(result.folder, outs[3])
+    assert result.plan.notes == ()
+    card = (result.folder / "README.md").read_text()
+    assert "A mixture of 3 experts" in card
+    assert "roman-rslora added; the others are copies, bit for bit" in card
+    told = json.loads((result.folder / "mergetool.json").read_text()) | {"training": {"asked": 1}}
+    (result.folder / "mergetool.json").write_text(json.dumps(told))
+    file = written(
+        tmp_path, mixture=str(result.folder), experts=[experts[0] | {"name": "again"}],
+        router={"mode": "hidden"},
+    )  # fmt: skip
+    assert any("train them again" in note for note in plan_recipe(file).notes)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_base_whose_files_begin_otherwise_than_in_memory_reads_prompts_for_added_experts(
+    tmp_path: Path,
+) -> None:
+    """As GPT-2 lies on the hub, without the name of its body."""
+    model = tokenized(base("gpt2", tmp_path / "base"))
+    held = load_file(model / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
+    save_file(short, model / "model.safetensors", {"format": "pt"})
+    experts = [
+        {
+            "adapter": str(adapter(model, tmp_path / name, seed, target_modules=["c_attn"])),
+            "positive_prompts": [f"{name} cat"],
+        }
+        for seed, name in enumerate(("red", "blue"))
+    ]
+    outs = {}
+    for count in (1, 2):
+        told = {"base_model": str(model), "experts": experts[:count]}
+        told["router"] = {"mode": "hidden", "top_k": 1}
+        outs[count] = tmp_path / str(count)
+        run_recipe(written(tmp_path, **told), outs[count], load=False, offline=True)
+    added = change(tmp_path / "out", outs[1], experts=experts[1:], router={"mode": "hidden"})
+    same(added, outs[2])
 
 
 def test_nothing_depends_on_memory_or_threads(
@@ -222,11 +281,12 @@ def test_memory_does_not_grow_with_the_kept_experts(made: Made, tmp_path: Path) 
         ({"drop": ["none"]}, "has no expert 'none'; it has plain (0), stable (1)"),
         ({"drop": [2]}, "has no expert 2"),
         ({"drop": ["plain", 1]}, "drop leaves no expert of"),
-        ({"drop": ["plain"], "experts_per_token": 2}, "top_k is 2, and there are 1 experts"),
+        ({"drop": ["plain"], "experts_per_token": 2}, "top_k is 2, and there is 1 expert; it must be 1"),
         ({"experts": [{"adapter": "dora", "name": "plain"}]}, "has an expert 'plain' already"),
         ({"experts": [{"source_model": "base"}]}, "is a mixture of adapters; write adapter:"),
         ({"drop": [0], "router": {"per": "model"}}, "per is model, and this mixture has a router"),
-        ({"drop": [0], "router": {"mode": "random"}}, "a router mode is for added experts"),
+        ({"drop": [0], "router": {"mode": "random"}}, "mode is for routers of added experts"),
+        ({"drop": [0], "router": {"seed": 3}}, "seed is for routers of added experts"),
         ({"drop": [0], "router": {"weights": [1]}}, "weights are of a mixture that was made with them"),
         ({"experts": [{"adapter": "dora"}], "router": {"mode": "random"}}, "it must be arrow"),
         ({"experts": [{"adapter": "foreign"}]}, "foreign"),
@@ -287,7 +347,8 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if kind not in known:
             folder = dense(tmp_path_factory.mktemp(kind), kind, "base", "a", "b", "c")
             keys = {"architecture": "deepseek"} if kind == "wide-mistral" else {}
-            mixed(folder, ["a", "b", "c"], router={"top_k": 2}, **keys)
+            router = {"top_k": 2, "normalise": kind != "deepseek_v2"}
+            mixed(folder, ["a", "b", "c"], router=router, **keys)
             known[kind] = folder
         return known[kind]
 
@@ -305,7 +366,9 @@ def gates(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for name, t in found if name.endswith(".gate.weight")}
 
 
-@pytest.mark.parametrize("kind", ["mistral", "phi3", "qwen2", "qwen3", "wide-mistral"])
+@pytest.mark.parametrize(
+    "kind", ["mistral", "phi3", "qwen2", "qwen3", "wide-mistral", "deepseek_v2", "deepseek_v3"]
+)
 def test_a_stock_mixture_loses_an_expert_and_gets_it_back(
     kind: str, stock: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -333,6 +396,25 @@ def test_a_stock_mixture_loses_an_expert_and_gets_it_back(
     assert config(again) == config(less)
 
 
+@pytest.mark.parametrize("kind", ["wide-mistral", "deepseek_v3"])
+def test_an_added_expert_is_as_likely_to_be_chosen_as_a_middling_one(
+    kind: str, stock: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What a training has added to scores for choosing alone goes on to count for nothing but differences."""
+    folder = stock(kind)
+    whole = shutil.copytree(folder / "out", tmp_path / "whole")
+    held = dict(load_file(whole / "model.safetensors"))
+    for name in held:
+        if name.endswith("e_score_correction_bias"):
+            held[name] = torch.tensor([4.0, 5.5, 7.0])
+    save_file(held, whole / "model.safetensors", {"format": "pt"})
+    entry = {"source_model": str(folder / "base"), "name": "new"}
+    more = change(tmp_path / "more", whole, drop=["a"], experts=[entry], router={"mode": "random"})
+    biases = [t for n, t in load_file(more / "model.safetensors").items() if "correction" in n]
+    assert [bias.tolist() for bias in biases] == [[5.5, 7.0, 6.25]] * len(biases)
+    assert biases
+
+
 def test_without_an_expert_the_others_share_as_if_it_had_never_been(
     stock: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -353,10 +435,12 @@ def test_without_an_expert_the_others_share_as_if_it_had_never_been(
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
-        ({"drop": ["d"]}, "has no expert 'd'; it has a (0), b (1), c (2)"),
+        ({"drop": ["d"]}, "has no expert 'd'; it has 0 (0), 1 (1), 2 (2)"),
         ({"experts": [{"adapter": "a"}]}, "adapter"),
         ({"experts": [{"source_model": "a", "name": "new"}]}, "router.mode is missing"),
         ({"drop": [0], "router": {"normalise": False}}, "normalise cannot be chosen in mixtral"),
+        ({"drop": [0], "router": {"temperature": 2}}, "temperature is for routers of added experts"),
+        ({"drop": [0], "router": {"seed": 2}}, "seed is for routers of added experts"),
         (
             {"experts": [{"source_model": "other", "name": "o"}], "gate_mode": "random"},
             "has shape [24, 16], but [32, 16]",
@@ -370,7 +454,9 @@ def test_a_change_of_a_stock_mixture_that_cannot_be_is_one_line(
     (tmp_path / "a").symlink_to(folder / "a")
     if "shape" in told:
         saved(tmp_path / "other", MistralConfig(**LAYERS | {"intermediate_size": 24}))
-    file = written(tmp_path, mixture=str(folder / "out"), **keys)
+    whole = shutil.copytree(folder / "out", tmp_path / "whole")
+    (whole / "mergetool.json").unlink()  # which tells how its routers were made
+    file = written(tmp_path, mixture=str(whole), **keys)
     with pytest.raises(RequestError, match=re.escape(told)) as caught:
         plan_recipe(file)
     assert len(str(caught.value).splitlines()) == 1

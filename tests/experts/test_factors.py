@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from merge.experts.factors import Layer, Update, source_of, stacked
+from merge.experts.lora.factors import Layer, Update, source_of, stacked
 from merge.numerics import grains
 from merge.sources import Source, TensorInfo
 from merge.sources.lora import Product
@@ -114,11 +114,3 @@ def test_layers_that_read_one_vector_are_one() -> None:
     pairs = [part.load() for part in parts]
     assert both.rank == 6
     np.testing.assert_allclose(b @ a, np.vstack([b @ a for b, a in pairs]), rtol=1e-5, atol=1e-5)
-
-
-def test_factors_tell_the_lengths_that_dora_gives() -> None:
-    made, _, held = layer(6, 5, {0: 2, 1: 2}, dora=(1,))
-    assert made.updates[0].factors().magnitude is None
-    magnitude = made.updates[1].factors().magnitude
-    assert magnitude is not None
-    np.testing.assert_array_equal(magnitude(), held[1]["m"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ran import Ran
 from real import SMALL, saved
-from routed_models import adapter, base, mixture
+from routed_models import adapter, base, in_one_process, mixture
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -23,10 +23,13 @@ from transformers import (
     T5Config,
 )
 
+import merge.experts.checks.loading
 from merge.errors import RequestError, VerifyError
-from merge.experts.loading import (
+from merge.experts.checks.loading import (
     _check_described,
+    _check_values,
     _described,
+    _loaded,
     _opened,
     check_loads,
     check_loads_here,
@@ -129,6 +132,29 @@ def test_names_and_shapes_alone_tell_it_too(
         assert told in str(caught.value)
 
 
+def test_what_is_not_written_back_by_layers_is_compared_all_the_same(
+    models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where what is one tensor in files is several of other layers in memory."""
+    name = "model.layers.1.input_layernorm.weight"
+    opened = _opened(models["mixtral"])
+    model = _loaded(opened, False, "auto")
+    written = merge.experts.checks.loading._written
+
+    def together(model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = dict(written(model, state))
+        if "lm_head.weight" not in state or name not in state:
+            found.pop(name, None)
+        return found
+
+    monkeypatch.setattr("merge.experts.checks.loading._written", together)
+    _check_values(opened, model)
+    with torch.no_grad():
+        model.get_parameter(name)[3] += 1
+    with pytest.raises(VerifyError, match=r"input_layernorm\.weight' has other values loaded"):
+        _check_values(opened, model)
+
+
 @pytest.mark.parametrize("name", [EXPERT, "model.layers.0.block_sparse_moe.gate.weight"])
 def test_a_nan_is_told(name: str, models: Mapping[str, Path], tmp_path: Path) -> None:
     model = changed(models["mixtral"], tmp_path / "m", lambda t: t[name][3:].fill_(torch.nan))
@@ -186,7 +212,8 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "first": adapter(model, folder / "first", 5, target_modules=["q_proj", "down_proj"]),
         "second": adapter(model, folder / "second", 6, target_modules=["q_proj"], use_dora=True),
     }
-    return mixture(folder, model, adapters, router={"mode": "arrow"})
+    with in_one_process():
+        return mixture(folder, model, adapters, router={"mode": "arrow"})
 
 
 @pytest.fixture

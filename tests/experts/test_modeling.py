@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from merge.experts.shipped.modeling_mixture import (
+from merge.experts.lora.shipped.modeling_mixture import (
     RoutedLinear,
     Router,
     mixture_scores,

@@ -12,13 +12,13 @@ from dense_models import CONFIGS, LAYERS, dense, logits, mixed, written
 from families import contents
 from grounds import tokenized
 from peft_models import adapter, merged_by_peft
-from real import generated, loaded, saved
+from real import LLAMA, generated, loaded, saved
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from merge.budget import PER_INPUT, make_budget
 from merge.errors import PlanError, RequestError
-from merge.experts.families import DENSE, setting
+from merge.experts.stock.families import DENSE, setting
 from merge.pipeline import plan_recipe, run_recipe
 
 EXACT = 1e-5  # of logits of a few units in float32: what another order of the same sums leaves
@@ -29,7 +29,7 @@ Tensors = Mapping[str, torch.Tensor]
 def _read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers reads the results in this process, where it is imported already: the check that each run
     ends with would import it anew each time."""
-    monkeypatch.setattr("merge.pipeline.check_loads", lambda folder: {}, raising=False)
+    monkeypatch.setattr("merge.pipeline.check_loads", lambda folder, **_: {}, raising=False)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -239,25 +239,23 @@ def test_a_shared_expert_of_qwen2_counts_in_full(tmp_path: Path) -> None:
     assert told(folder)["shared_expert_intermediate_size"] == 32
 
 
-REAL = Path(__file__).parents[3] / "shared/real/stories260k"
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real Llama here")
+@pytest.mark.skipif(not LLAMA.is_dir(), reason="no real Llama here")
 def test_a_real_llama_routed_by_prompts(tmp_path: Path) -> None:
-    (tmp_path / "base").symlink_to(REAL)
+    (tmp_path / "base").symlink_to(LLAMA)
     prompts = ["Once upon a time", "The cat sat"], ["One day, Tom and Lily", "A big dog"]
     entries = [{"source_model": "base", "positive_prompts": p} for p in prompts]
     result = run_recipe(written(tmp_path, entries, gate_mode="hidden"), tmp_path / "out")
-    found, before = loaded(result.folder), loaded(REAL)
+    found, before = loaded(result.folder), loaded(LLAMA)
     assert closest(logits(found), logits(before)) <= EXACT * logits(before).abs().max()
     assert generated(found, 40) == generated(before, 40)
     routers = [v for name, v in weights(result.folder).items() if name.endswith(".gate.weight")]
-    assert len(routers) == told(REAL)["num_hidden_layers"]
+    assert len(routers) == told(LLAMA)["num_hidden_layers"]
     for router in routers:
         assert closest(router.norm(dim=1), torch.ones(2)) <= EXACT
         assert closest(router[0], router[1]) > 0.1
 
 
+@pytest.mark.usefixtures("here")
 def test_prompts_teach_the_gate_of_a_shared_expert(tmp_path: Path) -> None:
     """As of mergekit: then it is the gate that says how much the shared expert counts."""
     dense(tmp_path, "qwen2", "base", "a", "s")

@@ -19,19 +19,19 @@ from peft import PeftModel
 from peft_models import MODELS, WIDE, adapter, merged_by_peft, saved
 from peft_models import loaded as plain
 from ran import Ran
+from real import LLAMA
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from merge.errors import OutputError, PlanError, VerifyError
-from merge.experts.mixture import Routing
-from merge.experts.peft_folder import BIAS, WEIGHT, shares
-from merge.experts.peft_loading import check_loading, checked, loaded
-from merge.experts.peft_writing import run_peft
+from merge.experts.assembly import Routing
+from merge.experts.xlora.folder import BIAS, WEIGHT, shares
+from merge.experts.xlora.loading import check_loading, checked, loaded
+from merge.experts.xlora.writing import run_peft
 from merge.pipeline import budget_of, plan_recipe, run_recipe
 from merge.sources.opening import open_model
 from merge.verify import verify_folder
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "real" / "stories260k"
 IDS = torch.tensor([[1, 5, 9, 13, 17, 4, 22, 31]])
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a": {"r": 3, "target_modules": ["q_proj", "v_proj"]},
@@ -195,20 +195,20 @@ def mixed_by_hand(base: Any, family: Path, given: Any) -> Any:
 
 
 def test_prompts_find_their_adapters_on_a_real_model(tmp_path: Path) -> None:
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there")
-    (tmp_path / "base").symlink_to(REAL)
+    if not LLAMA.is_dir():
+        pytest.skip(f"{LLAMA} is not there")
+    (tmp_path / "base").symlink_to(LLAMA)
     prompts = {
         "a": ["Once upon a time there was a dog", "The dog ran to the park"],
         "b": ["Mom said no.", "Lily was sad because her toy broke"],
     }
     experts = [
-        {"adapter": str(adapter(REAL, tmp_path / name, target_modules=["q_proj"]))}
+        {"adapter": str(adapter(LLAMA, tmp_path / name, target_modules=["q_proj"]))}
         | {"positive_prompts": texts}
         for name, texts in prompts.items()
     ]
     out = made(tmp_path, tmp_path, experts=experts, router={"mode": "hidden", "top_k": 1})
-    model, tokenizer = loaded(out, REAL), AutoTokenizer.from_pretrained(REAL)
+    model, tokenizer = loaded(out, LLAMA), AutoTokenizer.from_pretrained(LLAMA)
     for expert, texts in enumerate(prompts.values()):
         for text in texts:
             with torch.no_grad():
@@ -339,7 +339,7 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 from merge.adapters.file import GrowingFile
-from merge.experts.peft_writing import run_peft
+from merge.experts.xlora.writing import run_peft
 from merge.pipeline import plan_recipe
 recipe, out, after = sys.argv[1:]
 add, left = GrowingFile.add, [int(after)]

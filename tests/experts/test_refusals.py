@@ -3,17 +3,20 @@
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from dense_models import dense, written
+from routed_models import in_one_process
 
-from merge.errors import PlanError, RecipeError, RequestError, SourceError
-from merge.experts.gates import gates_of
-from merge.experts.running import opened
-from merge.experts.trust import may_run_code
+from merge.errors import OutputError, PlanError, RecipeError, RequestError, SourceError
+from merge.experts.checks.trust import may_run_code
+from merge.experts.configs import check_configs
+from merge.experts.routers.gates import gates_of
+from merge.experts.training.running import opened
 from merge.pipeline import plan_recipe, run_recipe
 from merge.recipe import parse_recipe
 from merge.sources.inside import base_inside
@@ -27,7 +30,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapters = ({"adapter": f"zoo:adapters/{name}"} for name in ("roman-rslora", "elements-mlp"))
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"base_model": "zoo:base", "experts": list(adapters)}))
-    return run_recipe(recipe, folder / "out", load=False).folder
+    with in_one_process():
+        return run_recipe(recipe, folder / "out", load=False).folder
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,34 @@ def _first(told: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def test_a_result_that_other_versions_compute_otherwise_is_not_called_another_merge(
+    mixture: Path, tmp_path: Path
+) -> None:
+    folder, recipe = shutil.copytree(mixture, tmp_path / "out"), mixture.parent / "recipe.yaml"
+    assert run_recipe(recipe, folder, load=False).existed
+    told = json.loads((folder / "mergetool.json").read_text())
+    routers = next(each for each in told["inputs"] if each["model"] == "routers")
+    routers["digest"] = "0" * 32
+    cases = {
+        "4.0": r"is this merge, made by .*transformers 4\.0.*keep it",
+        told["versions"]["transformers"]: "of another recipe or of other",
+    }
+    for transformers, what in cases.items():
+        told["versions"]["transformers"] = transformers
+        (folder / "mergetool.json").write_text(json.dumps(told))
+        with pytest.raises(OutputError, match=what):
+            run_recipe(recipe, folder, load=False)
+
+
+def test_a_folder_that_overwrite_would_not_replace_is_not_said_to_be_replaced(
+    mixture: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"choose another output$"):
+        run_recipe(mixture.parent / "recipe.yaml", tmp_path / "out")
+
+
 def test_code_of_a_tokenizer_never_runs(mixture: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(mixture, tmp_path / "mixture")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
@@ -147,6 +179,20 @@ def test_what_leads_to_other_code_is_not_run(mixture: Path, tmp_path: Path, name
     (folder / name).write_text('{"base_model_name_or_path": "elsewhere"}')
     with pytest.raises(RequestError, match=f"{name}: is not what this version of mergetool writes"):
         may_run_code(folder)
+
+
+def test_numbers_of_single_layers_are_no_error_where_nothing_reads_them(tmp_path: Path) -> None:
+    """As in models whose MLPs are not all as wide."""
+    dense(tmp_path, "llama", "base")
+    model = open_model(str(tmp_path / "base"))
+    odd = {"model_type": "other", "intermediate_size": [32, 24], "rope_theta": [1e4, 5e5]}
+    check_configs([replace(model, config=model.config | odd)])
+    with pytest.raises(
+        PlanError, match=r"intermediate_size is \[32, 24\] in config.json; it must be a wh"
+    ):
+        check_configs([replace(model, config=model.config | odd | {"model_type": "llama"})])
+    with pytest.raises(PlanError, match="intermediate_size is"):
+        check_configs([replace(model, config=model.config | odd | {"intermediate_size": [[1]]})])
 
 
 def test_a_table_named_mixture_makes_no_mixture(tmp_path: Path) -> None:

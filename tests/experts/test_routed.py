@@ -1,5 +1,6 @@
 """A routed mixture of adapters is, for every token, what PEFT makes of the expert that it is routed to."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -33,8 +34,8 @@ from transformers import AutoModel, Trainer, TrainingArguments
 
 from merge import run_recipe
 from merge.errors import PlanError, SourceError
-from merge.experts.classes import asked_classes, classes_of
-from merge.experts.modelling import is_own
+from merge.experts.lora.classes import asked_classes, classes_of
+from merge.experts.lora.modelling import SHIPPED, core_file, is_own
 from merge.pipeline import plan_recipe
 from merge.sources.opening import open_model
 
@@ -288,6 +289,27 @@ def test_the_modelling_file_is_known_as_our_own(made: Any) -> None:
         assert not is_own(content, config | {"model_type": "routed_gpt2"})
 
 
+def test_code_that_an_earlier_version_wrote_is_known(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made("llama")[2]
+    config = json.loads((folder / "config.json").read_text())
+    content = (folder / "modeling_mixture.py").read_bytes()
+    older = content.replace(b"import torch\n", b"import torch  # once\n", 1)
+    assert not is_own(older, config)
+    core = core_file().replace(b"import torch\n", b"import torch  # once\n", 1)
+    known = (*SHIPPED, hashlib.sha256(core).hexdigest())
+    monkeypatch.setattr("merge.experts.lora.modelling.SHIPPED", known)
+    assert is_own(older, config)
+    assert is_own(content, config)
+    assert not is_own(older + b"\n", config)
+
+
+def test_the_file_that_is_shipped_is_among_those_that_may_run() -> None:
+    """Whoever changes it adds its digest to the list, below those of released versions."""
+    assert hashlib.sha256(core_file()).hexdigest() == SHIPPED[-1]
+
+
 # -- elsewhere -----------------------------------------------------------------------------------------
 
 LOAD = """
@@ -379,6 +401,35 @@ def test_what_is_no_update_of_a_linear_layer_needs_a_word(
     router = {"mode": "weights", "weights": [0, 1]}
     folder = mixture(tmp_path, model, experts, saved_modules="more", router=router)
     assert apart(logits(routed(folder)), logits(peft(model, more))) < SAME
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+)
+def test_a_head_of_its_own_can_be_left_out_where_the_base_is_tied(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    model = base("tied", tmp_path / "base")
+    parts = {"target_modules": ["q_proj"]} | config
+    experts = {
+        "more": adapter(model, tmp_path / "more", 9, **parts),
+        "bare": adapter(model, tmp_path / "bare", 9, target_modules=["q_proj"]),
+    }
+    with pytest.raises(SourceError, match="embedding"):
+        plan_recipe(recipe(tmp_path, model, experts), offline=True)
+    file = recipe(tmp_path, model, experts, saved_modules="base")
+    plan = plan_recipe(file, offline=True)
+    assert any("lm_head" in note and "left out of the mixture" in note for note in plan.notes)
+    folder = run_recipe(file, tmp_path / "out", offline=True, load=False).folder
+    stored = load_file(folder / "model.safetensors")
+    kept = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(stored["model.embed_tokens.weight"], kept)
+    assert "lm_head.weight" not in stored
 
 
 def test_a_classifier_is_taken_from_the_expert_that_is_named(made: Any, tmp_path: Path) -> None:

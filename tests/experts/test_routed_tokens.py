@@ -5,22 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
+from real import LLAMA
 from routed_models import adapter, base, in_one_process, mixture
 from transformers import AutoTokenizer
 
-STORIES = Path(__file__).parents[3] / "shared/real/stories260k"
 TEXTS = ["Once upon a time", "  two  spaces, a\nline", "Zoë über 12", "<s> and </s>"]
 
 
-@pytest.mark.skipif(
-    not STORIES.is_dir(), reason="the real Llama does not lie beside the repository"
-)
+@pytest.mark.skipif(not LLAMA.is_dir(), reason="the real Llama does not lie beside the repository")
 @pytest.mark.parametrize("kind", ["llama", "phi3", "qwen2"])
 def test_texts_are_read_alike(kind: str, tmp_path: Path) -> None:
     model = base(kind, tmp_path / "base", vocab_size=512)
-    shutil.copy(STORIES / "tokenizer.json", model)
+    shutil.copy(LLAMA / "tokenizer.json", model)
     one = adapter(model, tmp_path / "one", 4, target_modules="all-linear")
-    settings = json.loads((STORIES / "tokenizer_config.json").read_text())
+    settings = json.loads((LLAMA / "tokenizer_config.json").read_text())
     for declared in ("PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", None):
         told = settings | {"tokenizer_class": declared} if declared else {}
         (model / "tokenizer_config.json").write_text(json.dumps(told))

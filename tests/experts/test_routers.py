@@ -16,22 +16,19 @@ from grounds import base as made
 from grounds import digest, ground_of, read, tokenized
 from numpy.typing import NDArray
 from peft_models import WIDE, adapter, loaded, saved
+from real import LLAMA
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import merge.experts.passes
-from merge.errors import MergetoolError, PlanError, RunError
+import merge.experts.routers.passes
+from merge.errors import PlanError, RunError
 from merge.experts.assembling import Ground
-from merge.experts.mixture import Site
-from merge.experts.passes import TOGETHER
-from merge.experts.reading import ENVIRONMENT, Asked, Inputs, write_inputs
-from merge.experts.routers import bias_of, router_source
-from merge.sources import Source
+from merge.experts.assembly import Site
+from merge.experts.routers.passes import TOGETHER
+from merge.experts.routers.reading import ENVIRONMENT, Asked, Inputs
+from merge.experts.routers.rows import bias_of, router_source
 from merge.sources.opening import open_model
-from merge.sources.positioned import stored_source
-from merge.sources.safetensors import read_header
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "real" / "stories260k"
 PLAIN = Site("router.weight", "model.layers.1.mlp", 16)
 PROMPTS = [
     {"positive_prompts": ["red green", "one cat two dog three hen", "blue"], "negative_prompts": ["cow"]},
@@ -62,21 +59,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return done[kind]
 
     return one
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process of its own would do is done in this one: half a second instead of five."""
-
-    def read_here(asked: Asked) -> Source | RunError:
-        file = tmp_path / "inputs.safetensors"
-        try:
-            write_inputs(asked, file)
-        except MergetoolError as error:
-            return RunError(f"{asked.label}: {error}")
-        return stored_source(read_header(file))
-
-    monkeypatch.setattr("merge.experts.reading._read_apart", read_here)
 
 
 def adapters(base: Path, count: int) -> list[dict[str, Any]]:
@@ -216,14 +198,14 @@ def test_a_base_in_bfloat16_is_computed_in_float32(
 
 
 def test_a_real_model_reads_prompts_as_transformers_does() -> None:
-    if not REAL.is_dir():
+    if not LLAMA.is_dir():
         pytest.skip("the real model does not lie beside the repository")
     modules = {"model.layers.0": 64, "model.layers.4.mlp": 64}
     texts = ["Once upon a time", "The cat sat on the mat and"]
     asked = Asked.of(
-        open_model(str(REAL)), modules=modules, statistic="last", texts={"k": texts}, files={}
+        open_model(str(LLAMA)), modules=modules, statistic="last", texts={"k": texts}, files={}
     )
-    inputs, plain = Inputs(asked), [seen(REAL, modules, text) for text in texts]
+    inputs, plain = Inputs(asked), [seen(LLAMA, modules, text) for text in texts]
     for name in modules:
         wanted = np.mean([vectors[name][-1] for vectors in plain], 0)
         assert np.abs(inputs.vector("k", name) - wanted).max() < 1e-5 * np.abs(wanted).max()
@@ -334,6 +316,34 @@ def test_centroids_are_means_over_tokens_less_the_mean_over_experts(
 
 
 @pytest.mark.usefixtures("here")
+def test_texts_that_change_after_they_were_planned_with_are_told(
+    bases: Callable[[str], Path],
+) -> None:
+    base = bases("llama")
+    experts = texted(base, one_txt="cow hen\n", two_txt="dog\n")
+    source = router_source(ground_of(base, experts, {"mode": "centroids"}), [PLAIN], {})
+    (base.parent / "two.txt").write_text("cat\n")
+    with pytest.raises(RunError, match=r"two\.txt changed since this was planned; run it again"):
+        source.rows(PLAIN.tensor, 0, 1)
+
+
+def test_a_folder_of_texts_is_all_of_its_files_and_the_tiny_family_has_some(
+    bases: Callable[[str], Path],
+) -> None:
+    base = bases("llama")
+    (base.parent / "many").mkdir()
+    (base.parent / "many" / "a.txt").write_text("cow\n")
+    (base.parent / "many" / "b.txt").write_text("hen\n")
+    first, second = adapters(base, 2)
+    experts = [first | {"texts": "many"}, second | {"texts": ["zoo:texts/sort.jsonl"]}]
+    ground = ground_of(base, experts, {"mode": "centroids"})
+    assert [file.name for file in ground.texts] == ["a.txt", "b.txt", "sort.jsonl"]
+    experts = [first | {"texts": "zoo:texts/nothing.jsonl"}]
+    with refused(r"mixture.yaml:\d+: texts: .* there are zoo:texts/elements.jsonl, zoo:texts/rev"):
+        _ = ground_of(base, experts, {"mode": "centroids"}).texts
+
+
+@pytest.mark.usefixtures("here")
 def test_of_a_long_text_the_first_tokens_count(
     bases: Callable[[str], Path],
 ) -> None:
@@ -370,7 +380,7 @@ import sys
 from pathlib import Path
 from grounds import digest
 from test_routers import PLAIN, prompted
-from merge.experts.routers import router_source
+from merge.experts.routers.rows import router_source
 for mode in ("random", "hidden_avg"):
     print(digest(router_source(prompted(Path(sys.argv[1]), mode), [PLAIN], {})))
 """
@@ -393,7 +403,7 @@ def test_the_same_bytes_in_every_process(bases: Callable[[str], Path]) -> None:
 PEAK = """
 import resource, sys
 from pathlib import Path
-from merge.experts.reading import Asked, write_inputs
+from merge.experts.routers.reading import Asked, write_inputs
 from merge.sources import Source
 from merge.sources.opening import open_model
 from merge.sources.positioned import stored_source
@@ -541,6 +551,6 @@ def test_a_base_that_does_not_run_ends_in_one_line(damage: str, told: str, tmp_p
 
 def test_what_runs_side_by_side_has_no_more_tokens_than_memory_is_meant_for() -> None:
     texts = [([1] * length, 0) for length in (1000, 1000, 1000, 1, *[2] * 100)]
-    groups = [*merge.experts.passes._groups(texts)]
+    groups = [*merge.experts.routers.passes._groups(texts)]
     assert [text for group in groups for text in group] == texts
     assert [len(group) for group in groups] == [2, 64, 38]

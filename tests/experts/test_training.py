@@ -14,22 +14,23 @@ import torch
 from families import contents
 from ran import Ran
 from safetensors.torch import load_file
-from stock_moe import mixtral, outputs, qwen3, texts
+from stock_moe import mixtral, outputs, qwen3, stock, texts
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge.errors import OutputError, RequestError, RunError
-from merge.experts.batches import IGNORED, Order, batch_of, divided, encoded
-from merge.experts.gates import gates_of
-from merge.experts.losses import balance_loss, counted, prediction_loss, size_loss
-from merge.experts.running import Running, opened
-from merge.experts.state import State
+from merge.experts.routers.gates import gates_of
 from merge.experts.texts import Text, read_texts
-from merge.experts.training import Course, train_router
+from merge.experts.training.batches import IGNORED, Order, batch_of, divided, encoded
+from merge.experts.training.learning import Course, train_router
+from merge.experts.training.losses import balance_loss, counted, prediction_loss, size_loss
+from merge.experts.training.running import Running, opened
+from merge.experts.training.state import State
 from merge.sources.opening import open_model
 
 ROOT = Path(__file__).parents[2]
 SHORT = Course(steps=6, rate=0.05, batch=8)
+EAGER = Course(steps=60, rate=0.1, balance=0.0)
 GATE = "block_sparse_moe.gate.weight"
 
 
@@ -148,7 +149,7 @@ def test_killed_as_it_saves_it_goes_on(mixture: Path, lines: Path, tmp_path: Pat
     code = f"""
 import os, signal
 from pathlib import Path
-import merge.experts.state as state
+import merge.experts.training.state as state
 rename = Path.rename
 def killed(self, target):
     if self.name.endswith(".growing") and b'"step":"4"' in self.read_bytes():
@@ -156,7 +157,7 @@ def killed(self, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 Path.rename = killed
-from merge.experts.training import Course, train_router
+from merge.experts.training.learning import Course, train_router
 course = Course(steps=6, rate=0.05, batch=8)
 mixture, lines, out = map(Path, {[str(mixture), str(lines), str(tmp_path / "out")]!r})
 train_router(mixture, [lines], out, course, save_every=2)
@@ -270,6 +271,45 @@ def test_a_dense_model_is_no_mixture(lines: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_an_error(mixture: Path, lines: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"the loss of step .* --restart"):
         train_router(mixture, [lines], tmp_path / "out", Course(steps=3, rate=1e38))
+
+
+def test_routers_that_the_last_step_ruins_are_not_saved(
+    mixture: Path, lines: Path, tmp_path: Path
+) -> None:
+    """3e38 times a step of 1 is finite, and no float16."""
+    AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float16).save_pretrained(mixture)
+    with pytest.raises(RunError, match=r"NaN or infinity in the routers after step 1; .*--restart"):
+        train_router(mixture, [lines], tmp_path / "out", Course(steps=1, rate=3e38))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_told_of_texts_is_what_was_read(
+    mixture: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is read once cannot change in between."""
+    opened: list[str] = []
+    plain = Path.open
+
+    def counted(self: Path, *arguments: Any, **more: Any) -> Any:
+        opened.append(self.name)
+        return plain(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", counted)
+    train_router(mixture, [lines], tmp_path / "out", SHORT)
+    assert opened.count("texts.jsonl") == 1
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v2", "deepseek_v3", "qwen2_moe"])
+def test_routers_of_every_stock_mixture_are_trained(kind: str, lines: Path, tmp_path: Path) -> None:
+    folder = stock(kind, tmp_path)
+    losses: list[float] = []
+    done = train_router(
+        folder, [lines], tmp_path / "trained", EAGER, told=lambda step, loss, _: losses.append(loss)
+    )
+    before, after = (load_file(f / "model.safetensors") for f in (folder, done.folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
+    assert sum(losses[-10:]) < sum(losses[:10])
 
 
 def test_the_command_tells_in_one_document_and_refuses_in_one_line(

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from routed_models import in_one_process
 from stock_moe import outputs
 
 from merge.errors import RequestError
-from merge.experts.gates import gates_of
-from merge.experts.running import opened
-from merge.experts.training import Course, train_router
+from merge.experts.routers.gates import gates_of
+from merge.experts.training.learning import Course, train_router
+from merge.experts.training.running import opened
 from merge.pipeline import run_recipe
 from merge.score import Suite, score_models
 from merge.shipped import shipped
@@ -31,7 +32,8 @@ def routed(folder: Path, **router: Any) -> Path:
     recipe.write_text(
         yaml.safe_dump({"base_model": "zoo:base", "experts": experts, "router": router})
     )
-    return run_recipe(recipe, folder / "mix").folder
+    with in_one_process():
+        return run_recipe(recipe, folder / "mix", load=False).folder
 
 
 @pytest.fixture(scope="module")

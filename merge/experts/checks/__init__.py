@@ -1,0 +1,1 @@
+"""Whether what was written loads, and which code of it may run."""

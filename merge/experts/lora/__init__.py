@@ -1,0 +1,1 @@
+"""Mixtures of adapters as they are, on their base, with a modelling file of their own."""

@@ -1,0 +1,1 @@
+"""How tokens find their experts: rows before any training, where they are, what they do with texts."""

@@ -1,0 +1,1 @@
+"""Mixtures that are stock models of transformers: dense models as their experts."""

@@ -1,0 +1,1 @@
+"""Mixtures of adapters in the format that PEFT loads."""
