@@ -102,21 +102,6 @@ def test_the_command_prints_one_json_document(command: Callable[..., Ran]) -> No
     assert ran.err == ""
 
 
-def test_a_parent_with_an_adapter_is_left_out_and_said_so(
-    command: Callable[..., Ran], tmp_path: Path
-) -> None:
-    """Its folder is that of its base, whose scores are not its own."""
-    label = f"zoo:base+{ADAPTER}"
-    (tmp_path / "r.yaml").write_text(
-        "merge_method: linear\nparameters: {weight: 1}\n"
-        f"models: [{{model: 'zoo:base'}}, {{model: '{label}'}}]\n"
-        "score: {suite: quickstart, limit: 2}\n"
-    )
-    ran = command("run", "r.yaml", "-o", "out", "--json")
-    assert [m["model"] for m in json.loads(ran.out)["scores"]["models"]] == ["out", "zoo:base"]
-    assert f"note: {label}: is not scored" in ran.err
-
-
 def test_an_adapter_is_not_scored_and_refused_before_it_is_written(
     command: Callable[..., Ran], tmp_path: Path
 ) -> None:

@@ -1,0 +1,222 @@
+"""What a judge's grades and verdicts come to."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from merge.judge.grading import HIGHEST
+from merge.judge.questions import Question
+from merge.score.results import Answers
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read from a judge's reply: a grade, A, B or tie, or None; whether it was asked once more."""
+
+    value: float | str | None
+    again: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """A mean and its standard error over questions; NaN where there are too few."""
+
+    mean: float
+    stderr: float
+    count: int
+
+
+def mean_of(values: Sequence[float]) -> Share:
+    count = len(values)
+    if not count:
+        return Share(math.nan, math.nan, 0)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Share(mean, math.nan, 1)
+    variance = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
+    return Share(mean, math.sqrt(variance / count), count)
+
+
+@dataclass(frozen=True)
+class Talks:
+    """Shares of a model's answers that were cut off at the limit of tokens, and that say nothing."""
+
+    answers: int
+    cut: float
+    empty: float
+
+    @classmethod
+    def of(cls, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Talks":
+        found = [answer for turns in answers.values() for answer in turns]
+        count = max(1, len(found))
+        cut = sum(bool(a["cut"]) for a in found) / count
+        return cls(len(found), cut, sum(not a["text"].strip() for a in found) / count)
+
+    def doubts(self) -> list[str]:
+        """What is doubtful about them, a line each, by the measure of scores."""
+        return Answers(self.answers, truncated=self.cut, empty=self.empty).doubts()
+
+
+@dataclass(frozen=True)
+class Grades:
+    """One model's. `readings`: by question, of each turn."""
+
+    label: str
+    questions: Sequence[Question]
+    readings: Mapping[str, Sequence[Reading]]
+    talks: Talks
+
+    def share(self, language: str = "") -> Share:
+        """Of the grades that could be read, each question the mean of its turns."""
+        asked = [q.id for q in self.questions if language in ("", q.language)]
+        grades = [[r.value for r in self.readings[i] if isinstance(r.value, float)] for i in asked]
+        return mean_of([math.fsum(g) / len(g) for g in grades if g])
+
+    @property
+    def unreadable(self) -> int:
+        return sum(r.value is None for turns in self.readings.values() for r in turns)
+
+    @property
+    def asked(self) -> int:
+        return sum(map(len, self.readings.values()))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.label,
+            "grade": _shown(self.share()),
+            "languages": {one: _shown(self.share(one)) for one in _languages(self.questions)},
+            "grades": {i: [r.value for r in turns] for i, turns in self.readings.items()},
+            **_counts(self.readings.values()),
+            "answers": asdict(self.talks),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models'. `readings`: by question, in both orders: `first` was A in the one, B in the other."""
+
+    first: str
+    second: str
+    questions: Sequence[Question]
+    readings: Mapping[str, Sequence[Reading]]
+    talks: tuple[Talks, Talks]
+
+    def points(self, language: str = "") -> list[float]:
+        """Of `first`, by question: 1 where both orders say so, 0 where both say the other, else 0.5. Without
+        the questions of which one order could not be read."""
+        asked = [q.id for q in self.questions if language in ("", q.language)]
+        found = [_point(*(r.value for r in self.readings[i])) for i in asked]
+        return [point for point in found if point is not None]
+
+    @property
+    def wins(self) -> tuple[int, int, int]:
+        """Of first, ties, of second."""
+        points = self.points()
+        return points.count(1), points.count(0.5), points.count(0)
+
+    @property
+    def inconsistent(self) -> int:
+        """Questions in which the orders contradict each other."""
+        pairs = ([r.value for r in both] for both in self.readings.values())
+        return sum(None not in pair and pair in (["A", "A"], ["B", "B"]) for pair in pairs)
+
+    @property
+    def first_place(self) -> Share:
+        """How often the one that came first was preferred, of verdicts that are no tie; 0.5 is no bias."""
+        found = [r.value for both in self.readings.values() for r in both]
+        return mean_of([float(value == "A") for value in found if value in ("A", "B")])
+
+    @property
+    def asked(self) -> int:
+        return sum(map(len, self.readings.values()))
+
+    @property
+    def unreadable(self) -> int:
+        return sum(r.value is None for both in self.readings.values() for r in both)
+
+    def as_json(self) -> dict[str, Any]:
+        won, tied, lost = self.wins
+        return {
+            "models": [self.first, self.second],
+            "wins": won,
+            "ties": tied,
+            "losses": lost,
+            "win_rate": _shown(mean_of(self.points())),
+            "languages": {
+                one: _shown(mean_of(self.points(one))) for one in _languages(self.questions)
+            },
+            "first_place": _shown(self.first_place),
+            "inconsistent": self.inconsistent,
+            "verdicts": {i: [r.value for r in both] for i, both in self.readings.items()},
+            **_counts(self.readings.values()),
+            "answers": [asdict(talks) for talks in self.talks],
+        }
+
+
+def _point(as_a: float | str | None, as_b: float | str | None) -> float | None:
+    if as_a is None or as_b is None:
+        return None
+    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((str(as_a), str(as_b)), 0.5)
+
+
+def _languages(questions: Sequence[Question]) -> list[str]:
+    return list(dict.fromkeys(q.language for q in questions if q.language))
+
+
+def _counts(readings: Any) -> dict[str, int]:
+    every = [reading for several in readings for reading in several]
+    return {
+        "asked": len(every),
+        "asked_again": sum(r.again for r in every),
+        "unreadable": sum(r.value is None for r in every),
+    }
+
+
+def _shown(share: Share) -> dict[str, Any]:
+    """Without NaN, which JSON lacks."""
+    return {k: None if math.isnan(v) else v for k, v in asdict(share).items()}
+
+
+def told_grades(found: Sequence[Grades]) -> str:
+    """A line for each model: the mean grade, by language, and what could not be read."""
+    return "\n".join(_line(grades) for grades in found)
+
+
+def _line(grades: Grades) -> str:
+    languages = [f"{one} {_grade(grades.share(one))}" for one in _languages(grades.questions)]
+    parts = f" ({', '.join(languages)})" if len(languages) > 1 else ""
+    share = grades.share()
+    told = f"{grades.label}: {_grade(share)} of {HIGHEST} on {share.count} questions{parts}"
+    return told + _unread(grades.unreadable, grades.asked)
+
+
+def told_comparison(found: Comparison) -> str:
+    """Who won how often, what order did, and what could not be read."""
+    won, tied, lost = found.wins
+    rate = mean_of(found.points())
+    lines = [
+        f"{found.first} against {found.second}: {won} won, {tied} tied, {lost} lost, "
+        f"win rate {_percent(rate)}{_unread(found.unreadable, found.asked)}",
+        f"order: the first place was preferred in {_percent(found.first_place)} of "
+        f"{found.first_place.count} decided verdicts (50 is no bias); in {found.inconsistent} of "
+        f"{len(found.readings)} questions the two orders contradict each other, which counts as a tie",
+    ]
+    return "\n".join(lines)
+
+
+def _unread(unreadable: int, asked: int) -> str:
+    return f"; {unreadable} of {asked} replies could not be read" if unreadable else ""
+
+
+def _grade(share: Share) -> str:
+    if math.isnan(share.mean):
+        return "no grade"
+    return f"{share.mean:.2f}" + ("" if math.isnan(share.stderr) else f" ± {share.stderr:.2f}")
+
+
+def _percent(share: Share) -> str:
+    if math.isnan(share.mean):
+        return "none"
+    error = "" if math.isnan(share.stderr) else f" ± {100 * share.stderr:.1f}"
+    return f"{100 * share.mean:.1f}{error} %"

@@ -1,0 +1,135 @@
+"""A model behind an OpenAI-compatible server, asked by plain HTTP."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from socket import create_connection
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from merge.errors import RequestError, ScoreError
+
+Messages = Sequence[Mapping[str, str]]
+KEYS = (
+    "MERGETOOL_JUDGE_KEY",
+    "OPENAI_API_KEY",
+)  # variables of the environment; the first one counts
+LOCAL = ("localhost", "127.0.0.1", "::1")
+BUSY = (
+    408,
+    409,
+    425,
+    429,
+    500,
+    502,
+    503,
+    504,
+)  # answers after which it is worth while to ask again
+TRIES = 5
+LONGEST_WAIT = 60.0  # seconds between two tries
+
+
+@dataclass(frozen=True)
+class Server:
+    """`url`: as far as /v1. `model`: how the server names it. `max_tokens`: of a reply. `timeout`: in s."""
+
+    url: str
+    model: str
+    max_tokens: int = 1024
+    timeout: float = 300.0
+    key: str = field(default="", repr=False)
+
+    @classmethod
+    def at(cls, url: str, model: str, *, max_tokens: int = 1024) -> "Server":
+        """The server, with the key of the environment; raises RequestError where the address is none."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise RequestError(
+                f"--judge-url {parts.hostname or url!r}: must be http://HOST/v1 or https://HOST/v1, without "
+                f"a name in it; a key belongs into {KEYS[0]}"
+            )
+        found = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+        safe = parts.scheme == "https" or parts.hostname in LOCAL
+        if found and not safe:
+            raise RequestError(
+                f"--judge-url {url}: a key would be sent unencrypted; take https, or unset "
+                f"{' and '.join(KEYS)}"
+            )
+        return cls(url.rstrip("/"), model, max_tokens, key=found)
+
+    def check(self) -> None:
+        """Raises RequestError where nobody listens at the address."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            create_connection((parts.hostname or "", port), timeout=10).close()
+        except OSError as error:
+            raise RequestError(f"--judge-url {self.url}: nobody answers there ({error})") from None
+
+    def ask(self, messages: Messages) -> str:
+        """The reply, drawn with temperature 0; raises ScoreError where there is none after several tries."""
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        reply = self._posted(json.dumps(body).encode())
+        try:
+            return str(reply["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError):
+            raise ScoreError(f"{self.url}: the reply is no chat completion") from None
+
+    def _posted(self, body: bytes) -> Any:
+        for tried in range(1, TRIES + 1):
+            try:
+                return self._sent(body)
+            except HTTPError as error:
+                what = f"answers {error.code}: {self._told(error)}"
+                if error.code not in BUSY:
+                    raise ScoreError(f"{self.url}: {what}") from None
+                wait = _asked_to_wait(error.headers.get("Retry-After"))
+            except (OSError, URLError, HTTPException, ValueError) as error:
+                what, wait = f"cannot be asked: {self._hidden(str(error))}", None
+            if tried < TRIES:
+                time.sleep(min(LONGEST_WAIT, wait if wait is not None else 2.0**tried / 2))
+        raise ScoreError(f"{self.url}: {what} ({TRIES} times); the same command goes on from here")
+
+    def _sent(self, body: bytes) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = Request(f"{self.url}/chat/completions", body, headers, method="POST")
+        with build_opener(_Stay).open(request, timeout=self.timeout) as response:
+            return json.loads(response.read())
+
+    def _told(self, error: HTTPError) -> str:
+        try:
+            text = error.read(2000).decode("utf-8", "replace")
+        except (OSError, HTTPException):
+            text = ""
+        return self._hidden(" ".join(text.split())[:200] or str(error.reason))
+
+    def _hidden(self, text: str) -> str:
+        """Without the key, which some servers repeat."""
+        return text.replace(self.key, "***") if self.key else text
+
+
+class _Stay(HTTPRedirectHandler):
+    """Follows nobody: the key would go along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _asked_to_wait(text: str | None) -> float | None:
+    """Seconds, where the server says so in numbers."""
+    try:
+        return max(0.0, float(text or ""))
+    except ValueError:
+        return None

@@ -1,0 +1,171 @@
+"""Scores of models, as numbers, as JSON and as a table."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from merge.score.suite import Suite
+
+# shares of the answers of a task above which a note is given
+MOST = {"cut_prompts": 0.01, "truncated": 0.1, "empty": 0.05, "looping": 0.05, "alike": 0.5}
+WORDS = {
+    "cut_prompts": "of the prompts do not fit into the model's window and lost their beginning",
+    "truncated": "of the answers were cut off at the limit of tokens",
+    "empty": "of the answers say nothing",
+    "looping": "of the answers end in a loop",
+    "alike": "of the answers are the same",
+}
+ENOUGH = 20  # answers from which on it says something that they are alike
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Shares of a task's prompts and answers that show that something is wrong; zero where no text is
+    generated, but for `cut_prompts`."""
+
+    count: int
+    cut_prompts: float = 0.0
+    truncated: float = 0.0
+    empty: float = 0.0
+    looping: float = 0.0
+    alike: float = 0.0
+
+    def doubts(self) -> list[str]:
+        found = {key: getattr(self, key) for key in MOST}
+        if self.count < ENOUGH:
+            found.pop("alike")
+        return [f"{100 * v:.0f} % {WORDS[key]}" for key, v in found.items() if v > MOST[key]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value and its standard error, in parts of full marks; documents scored. `metrics`: all that
+    the harness counted, in its own units."""
+
+    value: float
+    stderr: float
+    documents: int
+    higher_is_better: bool = True
+    part: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def signed(self) -> float:
+        """The value, or less it where less is better."""
+        return self.value if self.higher_is_better else -self.value
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    label: str
+    tasks: Mapping[str, Score]
+    answers: Mapping[str, Answers] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Over parts, each the mean of its tasks; what is better when it is less counts against it."""
+        return math.fsum(w * s.signed for w, s in self._weighed())
+
+    @property
+    def mean_stderr(self) -> float:
+        """Standard error of the mean over tasks, which are independent."""
+        return math.sqrt(math.fsum((w * s.stderr) ** 2 for w, s in self._weighed()))
+
+    def _weighed(self) -> list[tuple[float, Score]]:
+        """Each score with its weight in the mean; a task of no part is one itself."""
+        parts = [score.part or ("", name) for name, score in self.tasks.items()]
+        sizes = Counter(parts)
+        return [
+            (1 / len(sizes) / sizes[part], score)
+            for part, score in zip(parts, self.tasks.values(), strict=True)
+        ]
+
+    def notes(self) -> list[str]:
+        """What is doubtful about its answers, a line each."""
+        return [
+            f"{self.label}: {task}: {doubt}"
+            for task, answers in self.answers.items()
+            for doubt in answers.doubts()
+        ]
+
+
+@dataclass(frozen=True)
+class Scores:
+    suite: Suite
+    models: tuple[ModelScores, ...]
+
+    def notes(self) -> list[str]:
+        return [note for model in self.models for note in model.notes()]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "suite": self.suite.name,
+            "tasks": [asdict(task) for task in self.suite.tasks],
+            "models": [
+                {
+                    "model": m.label,
+                    "mean": m.mean,
+                    "mean_stderr": _number(m.mean_stderr),
+                    "tasks": {
+                        name: asdict(score) | {"stderr": _number(score.stderr)}
+                        for name, score in m.tasks.items()
+                    },
+                    "answers": {task: asdict(answers) for task, answers in m.answers.items()},
+                }
+                for m in self.models
+            ],
+            "notes": self.notes(),
+        }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def table(scores: Scores) -> str:
+    """Models as rows, tasks as columns, per cent with standard errors; the best mean is marked."""
+    suite, prefix = scores.suite, f"{scores.suite.name}_"
+    shares = all(task.is_share for task in suite.tasks)
+    heads = [
+        "model",
+        *(t.name.removeprefix(prefix) + " (less is better)" * (not t.higher_is_better) for t in suite.tasks),
+        "mean",
+    ]  # fmt: skip
+    best = max(m.mean for m in scores.models)
+    rows = [
+        [m.label, *(_cell(m.tasks[t.name].value, m.tasks[t.name].stderr, t.is_share) for t in suite.tasks),
+         _cell(m.mean, m.mean_stderr, shares) + (" *" if m.mean == best and len(scores.models) > 1 else "")]
+        for m in scores.models
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    lines = [_aligned(heads, widths), _aligned(["-" * w for w in widths], widths)]
+    lines += [_aligned(row, widths) for row in rows]
+    return "\n".join([*lines, _told(scores, shares)])
+
+
+def _told(scores: Scores, shares: bool) -> str:
+    """The last line: units and documents."""
+    counts = [s.documents for m in scores.models for s in m.tasks.values()]
+    documents = (
+        f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    )
+    unit = "per cent" if shares else "per cent (values of metrics that are no shares)"
+    return f"suite {scores.suite.name}: {unit} and standard error, {documents} documents a task"
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = (
+        cell.ljust(w) if i == 0 else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
+    return "  ".join([first, *rest]).rstrip()
+
+
+def _cell(value: float, stderr: float, share: bool = True) -> str:
+    if not share:
+        return f"{value:.3f} ± {stderr:.3f}" if math.isfinite(stderr) else f"{value:.3f}"
+    return (
+        f"{100 * value:.1f} ± {100 * stderr:.1f}" if math.isfinite(stderr) else f"{100 * value:.1f}"
+    )

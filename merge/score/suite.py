@@ -1,0 +1,109 @@
+"""Suites: which tasks are scored together, and what counts of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from merge.errors import RequestError
+from merge.shipped import shipped
+
+KEYS = ("task", "metric", "higher_is_better", "num_fewshot", "full", "part")
+# metrics of the harness that are no shares of anything
+UNBOUNDED = frozenset(
+    [
+        *("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
+        *("likelihood_diff", "brier_score", "bleu", "chrf", "ter"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, group or tag of lm-eval and the metric of it that counts, as lm-eval names it: with the filter
+    of answers after a comma. `num_fewshot`: solved examples before each document, where the suite says so.
+    `full`: the value of the metric that is full marks. `part`: whose tasks count together as one in a mean;
+    a task without is one itself."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+    num_fewshot: int | None = None
+    full: float = 1.0
+    part: str = ""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values are fractions, to be shown in per cent."""
+        return self.metric.partition(",")[0] not in UNBOUNDED
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks that are scored together. `folder` holds suite.yaml, or is the file itself; `include` are
+    folders with tasks that the harness does not bring. `source`: whose settings these are."""
+
+    name: str
+    folder: Path
+    tasks: tuple[Task, ...]
+    batch_size: int
+    include: tuple[Path, ...] = ()
+    source: str = ""
+
+    @classmethod
+    def named(cls, name: str, *, split: str = "heldout") -> "Suite":
+        """A shipped suite, or one in a folder or file; split "search" takes its search_tasks."""
+        file = _file_of(name)
+        key = "tasks" if split == "heldout" else "search_tasks"
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+            tasks = tuple(_task(entry) for entry in data.get(key, []))
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"{file}: is no suite ({type(error).__name__}: {error}); it needs name and tasks "
+                "with task and metric"
+            ) from None
+        if not tasks:
+            raise RequestError(f"{file}: lists no {key}")
+        alone = file.name != "suite.yaml"
+        brings_tasks = not alone and len(list(file.parent.glob("*.yaml"))) > 1
+        return cls(
+            str(data.get("name", file.stem if alone else file.parent.name)),
+            file if alone else file.parent,
+            tasks,
+            int(data.get("batch_size", 1)),
+            (file.parent,) if brings_tasks else (),
+            str(data.get("source", "")),
+        )
+
+
+def _file_of(name: str) -> Path:
+    place = Path(name)
+    own = (place / "suite.yaml").is_file() or len(place.parts) > 1 or place.suffix == ".yaml"
+    suites = shipped("evals/suites")
+    beside = [place] if own else [suites / name, suites / f"{name}.yaml"]
+    found = [file for each in beside for file in (each / "suite.yaml", each) if file.is_file()]
+    if found:
+        return found[0]
+    known = [p.parent.name for p in suites.glob("*/suite.yaml")]
+    known += [p.stem for p in suites.glob("*.yaml")]
+    raise RequestError(
+        f"no suite {name!r}: neither a folder with suite.yaml, a .yaml file, nor one of "
+        f"{', '.join(sorted(known))}"
+    )
+
+
+def _task(entry: Mapping[str, Any]) -> Task:
+    if unknown := [str(key) for key in entry if key not in KEYS]:
+        raise ValueError(f"{unknown[0]} is no key of a task; there are {', '.join(KEYS)}")
+    few = entry.get("num_fewshot")
+    return Task(
+        str(entry["task"]),
+        str(entry["metric"]),
+        bool(entry.get("higher_is_better", True)),
+        None if few is None else int(few),
+        float(entry.get("full", 1)),
+        str(entry.get("part", "")),
+    )

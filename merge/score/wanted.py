@@ -1,0 +1,92 @@
+"""What a recipe says about scoring, and the result beside its parents."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge.errors import RequestError
+from merge.score.conditions import Conditions
+from merge.score.harness import check_installed, check_tasks, task_manager, tasks_by_name
+from merge.score.models import Candidate, candidate
+from merge.score.results import Scores
+from merge.score.running import score_models
+from merge.score.suite import Suite, Task
+
+if TYPE_CHECKING:
+    from merge.pipeline import Result
+    from merge.sections import ScoreSection
+
+
+def suite_of(section: "ScoreSection", file: Path) -> Suite:
+    """The suite that a recipe's score section asks for; raises RequestError where it is not there.
+
+    The harness lists its tasks in a process of its own: it would count against the memory of the merge.
+    """
+    check_installed()
+    if section.tasks is None:
+        suite = Suite.named(section.suite or "quickstart")
+        if not suite.include:  # else its tasks lie in its folder
+            _asked([], [], section.suite, file)
+        return suite
+    include = [file.parent / section.include] if section.include else []
+    found = _asked(section.tasks, include, None, file)
+    tasks = tuple(Task(**task) for task in found)
+    return Suite(",".join(section.tasks), Path(), tasks, 1, tuple(include))
+
+
+def _asked(
+    names: Sequence[str], include: Sequence[Path], suite: str | None, file: Path
+) -> list[dict[str, Any]]:
+    question = json.dumps({"names": names, "include": list(map(str, include)), "suite": suite})
+    line = [sys.executable, "-m", "merge.score.wanted", question]
+    done = subprocess.run(line, capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise RequestError(f"{file}: score: lm-eval does not list its tasks: {last[0]}") from None
+    if "error" in answer:
+        raise RequestError(f"{file}: score: {answer['error']}")
+    return list(answer["tasks"])
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    """The tasks that are asked for, as JSON, or what is wrong with them."""
+    from dataclasses import asdict
+
+    try:
+        if question["suite"]:
+            suite = Suite.named(question["suite"])
+            check_tasks(suite, task_manager(suite))
+        else:
+            suite, _ = tasks_by_name(question["names"], list(map(Path, question["include"])))
+    except RequestError as error:
+        return {"error": str(error)}
+    return {"tasks": [asdict(task) for task in suite.tasks]}
+
+
+def scored_beside_parents(
+    result: "Result",
+    section: "ScoreSection",
+    suite: Suite,
+    *,
+    memory: str,
+    progress: Callable[[int], None],
+) -> Scores:
+    """Scores of a merge and of the models that went into it; those with adapters are merged in memory."""
+    beside = Path(result.plan.recipe.file).parent
+    parents = [m for m in result.plan.models if section.parents and not m.computed]
+    found: list[Candidate] = [result.folder]
+    found += [candidate(m.label, beside=beside) if m.beside else m.folder for m in parents]
+    conditions = Conditions(
+        section.limit, section.num_fewshot, section.chat_template, memory=memory
+    )
+    labels = [result.folder.name, *(m.label for m in parents)]
+    return score_models(found, suite, labels=labels, conditions=conditions, progress=progress)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.loads(sys.argv[1]))))

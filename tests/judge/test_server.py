@@ -1,0 +1,127 @@
+"""What a server may answer besides a reply: errors, waits, other addresses. The key goes nowhere else."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from ran import Ran
+
+from merge.errors import RequestError, ScoreError
+from merge.judge.server import Server
+
+KEY = "sk-very-secret"
+REPLY = {"choices": [{"message": {"role": "assistant", "content": "Grade: 5"}}]}
+MESSAGES = [{"role": "user", "content": "?"}]
+
+
+class Answering(ThreadingHTTPServer):
+    """Answers with what is in `answers`, one after the other: (status, headers, body)."""
+
+    answers: list[tuple[int, dict[str, str], Any]]
+    seen: list[tuple[str, str | None, Any]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Answering
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        status, headers, answer = self.server.answers.pop(0)
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def answering() -> Iterator[Answering]:
+    server = Answering(("127.0.0.1", 0), _Handler)
+    server.answers, server.seen = [], []
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def url_of(server: Answering) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+
+@pytest.fixture
+def asked(answering: Answering, monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("MERGETOOL_JUDGE_KEY", KEY)
+    return Server.at(url_of(answering) + "/", "judge", max_tokens=9)
+
+
+def test_the_request_is_what_the_protocol_says(answering: Answering, asked: Server) -> None:
+    answering.answers = [(200, {}, REPLY)]
+    assert asked.ask(MESSAGES) == "Grade: 5"
+    body = {"model": "judge", "messages": MESSAGES, "temperature": 0, "max_tokens": 9}
+    assert answering.seen == [("/v1/chat/completions", f"Bearer {KEY}", body)]
+
+
+def test_a_busy_server_is_asked_again(answering: Answering, asked: Server) -> None:
+    wait = {"Retry-After": "0"}
+    answering.answers = [(429, wait, {}), (503, wait, {}), (200, {}, REPLY)]
+    assert asked.ask(MESSAGES) == "Grade: 5"
+    assert len(answering.seen) == 3
+
+
+def test_a_refusal_is_told_once_and_without_the_key(answering: Answering, asked: Server) -> None:
+    answering.answers = [(401, {}, {"error": f"Incorrect API key provided: {KEY}"})]
+    with pytest.raises(ScoreError, match=r"answers 401: .*provided: \*\*\*") as error:
+        asked.ask(MESSAGES)
+    assert len(answering.seen) == 1
+    assert KEY not in str(error.value) + repr(asked)
+
+
+def test_the_key_does_not_follow_to_another_address(answering: Answering, asked: Server) -> None:
+    answering.answers = [(302, {"Location": url_of(answering) + "/elsewhere"}, {})]
+    with pytest.raises(ScoreError, match="answers 302"):
+        asked.ask(MESSAGES)
+    assert len(answering.seen) == 1
+
+
+def test_what_is_no_completion_is_told(answering: Answering, asked: Server) -> None:
+    answering.answers = [(200, {}, {"error": "no such model"})]
+    with pytest.raises(ScoreError, match="no chat completion"):
+        asked.ask(MESSAGES)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "https://me:secret@x/v1"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(RequestError, match="must be http://HOST/v1") as error:
+        Server.at(url, "judge")
+    assert "secret" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_told_before_a_model_answers(
+    command: Callable[..., Ran], answering: Answering, asked: Server
+) -> None:
+    asked.check()
+    assert not answering.seen
+    url = "http://127.0.0.1:1/v1"
+    ran = command("judge", "zoo:clerk", "--judge-url", url, "--judge-model", "judge")
+    assert ran.code == 2
+    assert f"{url}: nobody answers there" in ran.error
+
+
+def test_a_key_is_not_sent_in_the_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MERGETOOL_JUDGE_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(RequestError, match="sent unencrypted") as error:
+        Server.at("http://example.org/v1", "judge")
+    assert KEY not in str(error.value)
+    assert Server.at("https://example.org/v1", "judge").key == KEY
