@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import candidates, memory, speed
+from . import candidates, memory, search, speed
 from .measure import BenchError
 from .peer import FLAGS, default_folder
 
 EPILOG = "Without a command: speed. `COMMAND --help` lists what a command takes."
 RUNS = {"memory": memory.run_memory, "tokens": memory.run_tokens, "plan70b": memory.run_plan70b}
 WITH_PEER = {"speed": speed.run_speed, "candidates": candidates.run_candidates}
-COMMANDS = (*WITH_PEER, *RUNS)
+COMMANDS = (*WITH_PEER, "search", *RUNS)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,6 +22,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if asked.command in WITH_PEER:
             return WITH_PEER[asked.command](_speed_options(asked))
+        if asked.command == "search":
+            return search.run_search(asked.candidates, asked.json)
         return RUNS[asked.command](_memory_options(asked))
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -51,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan70b", help="time of `mergetool plan` for three 70 B models")
     plan.add_argument("--rounds", type=int, default=3, help="runs of each command (3)")
     _add_common(plan)
+    searched = commands.add_parser("search", help="a candidate beyond the time of its model")
+    searched.add_argument(
+        "--candidates", type=int, default=search.CANDIDATES, help=f"({search.CANDIDATES})"
+    )
+    searched.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     return parser
 
 

@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from merge.errors import RunError
-from merge.search.ledger import DONE, Candidate, told
+from merge.search.front import values_of
+from merge.search.ledger import DONE, PRUNED, Candidate, told
 from merge.search.sections import StudySection
 from merge.search.space import Choice, Dimension, Real, Space
+from merge.search.starts import start_values
 from merge.search.tried import digest_of
 
 AGAIN = 200  # times that a sampler may propose what is known before the space counts as used up
@@ -24,24 +26,33 @@ class Asker:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space, self._failed = space, optuna.trial.TrialState.FAIL
-        self._study = optuna.create_study(direction="maximize", sampler=_sampler(space, section))
-        for values in section.start:
-            self._study.enqueue_trial(_numbered(values))
+        self._space, self._section = space, section
+        self._failed = optuna.trial.TrialState.FAIL
+        directions = ["maximize"] * max(1, len(section.objectives))
+        self._study = optuna.create_study(directions=directions, sampler=_sampler(space, section))
+        self._drawn = _by_shares(space) if section.sampler == "random" else {}
+        for values in start_values(section):
+            self._study.enqueue_trial(self._placed(values))
         self._grid = _grid(space) if section.sampler == "grid" else None
         self._open: dict[int, Any] = {}
-        self._known: dict[str, float | None] = {}
-        self.told = 0
+        self._known: dict[str, tuple[float, ...] | None] = {}
+        self.told = self._repeated = 0
 
-    def repeat(self, candidates: Sequence[Candidate], begun_with: str = "") -> None:
-        """Is asked and told all that was before; RunError where it would have asked something else.
+    def repeat(
+        self, candidates: Sequence[Candidate], begun_with: str = "", *, to_the_end: bool = True
+    ) -> None:
+        """Is asked and told what was before and it has not heard of yet; RunError where it would have asked
+        something else.
 
-        begun_with: versions of the libraries that asked then.
+        begun_with: versions of the libraries that asked then. to_the_end: also what came to an end after the
+        last question; who asks next must have heard it, and others only once they know that nobody will ask
+        before them.
         """
         ended = told(candidates)
-        for candidate in candidates:
+        for candidate in candidates[self._repeated :]:
             for earlier in ended[self.told : candidate.after]:
                 self.tell(earlier)
+            self._repeated = candidate.number + 1
             if candidate.origin != "search":
                 self._known.setdefault(candidate.digest, None)
                 continue
@@ -52,7 +63,7 @@ class Asker:
                     f"candidate {candidate.number} would be another one today; begin a new study, or go on "
                     f"with the versions that it was begun with{then}"
                 )
-        for earlier in ended[self.told :]:
+        for earlier in ended[self.told :] if to_the_end else ():
             self.tell(earlier)
 
     def ask(self, number: int) -> tuple[dict[str, Any], dict[str, float]] | None:
@@ -62,13 +73,14 @@ class Asker:
             asked: dict[str, float] = {}
 
             def answer(dimension: Dimension, trial: Any = trial, asked: Any = asked) -> float:
-                asked[dimension.name] = _suggested(trial, dimension)
+                asked[dimension.name] = self._suggested(trial, dimension)
                 return float(asked[dimension.name])
 
             recipe = self._space.filled(answer)
             digest = digest_of(recipe)
             if digest not in self._known:
                 self._known[digest], self._open[number] = None, trial
+                self._repeated = number + 1
                 return recipe, asked
             self._tell(trial, self._known[digest])
         return None
@@ -76,11 +88,11 @@ class Asker:
     def tell(self, candidate: Candidate) -> None:
         """What came of a candidate; those that failed are told as failed."""
         self.told += 1
-        value = value_of(candidate)
-        self._known[candidate.digest] = value
+        values = reached(candidate, self._section)
+        self._known[candidate.digest] = values
         trial = self._open.pop(candidate.number, None)
         if trial is not None:
-            self._tell(trial, value)
+            self._tell(trial, values)
 
     def _attempts(self) -> Iterator[None]:
         """As many as there may be; each readies the next point of a grid."""
@@ -91,36 +103,56 @@ class Asker:
             self._study.enqueue_trial(values)
             yield
 
-    def _tell(self, trial: Any, value: float | None) -> None:
-        self._study.tell(trial, value, **({"state": self._failed} if value is None else {}))
+    def _tell(self, trial: Any, values: tuple[float, ...] | None) -> None:
+        if values is None:
+            self._study.tell(trial, state=self._failed)
+        else:
+            self._study.tell(trial, list(values))
+
+    def _suggested(self, trial: Any, dimension: Dimension) -> float:
+        name = dimension.name
+        if isinstance(dimension, Choice):
+            if name in self._drawn:
+                return dimension.at(trial.suggest_float(name, 0.0, 1.0))
+            return int(trial.suggest_categorical(name, list(range(dimension.count))))
+        if isinstance(dimension, Real):
+            low, high = dimension.low, dimension.high
+            return float(trial.suggest_float(name, low, high, log=dimension.log))
+        return int(trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log))
+
+    def _placed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Values to begin with as they are suggested."""
+        whole = {name: int(v) if float(v).is_integer() else v for name, v in values.items()}
+        middles = {
+            name: choice.middle(int(whole[name]))
+            for name, choice in self._drawn.items()
+            if name in whole
+        }
+        return whole | middles
 
 
-def value_of(candidate: Candidate) -> float | None:
-    """What is maximised, of a candidate that was scored; None of one that failed."""
-    if candidate.state != DONE or candidate.scores is None:
+def reached(candidate: Candidate, section: StudySection) -> tuple[float, ...] | None:
+    """What is maximised, of a candidate that was scored, also of one that was given up; None of one that
+    failed."""
+    if candidate.state not in (DONE, PRUNED) or candidate.scores is None:
         return None
-    return float(candidate.scores["mean"])
+    return values_of(section, candidate.scores)
 
 
-def sampler_for(space: Space) -> str:
-    """CMA-ES where numbers vary and nothing else, which it knows nothing of; else TPE."""
+def sampler_for(space: Space, objectives: int = 0) -> str:
+    """NSGA-II for several objectives; CMA-ES where numbers vary and nothing else, which it knows nothing of;
+    else TPE."""
+    if objectives > 1:
+        return "nsga-ii"
     dimensions = space.dimensions()
     only_numbers = all(isinstance(dimension, Real) for dimension in dimensions)
     return "cma-es" if only_numbers and len(dimensions) > 1 else "tpe"
 
 
-def _suggested(trial: Any, dimension: Dimension) -> float:
-    if isinstance(dimension, Choice):
-        return int(trial.suggest_categorical(dimension.name, list(range(dimension.count))))
-    if isinstance(dimension, Real):
-        return float(
-            trial.suggest_float(dimension.name, dimension.low, dimension.high, log=dimension.log)
-        )
-    return int(trial.suggest_int(dimension.name, dimension.low, dimension.high, log=dimension.log))
-
-
-def _numbered(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: int(v) if float(v).is_integer() else v for name, v in values.items()}
+def _by_shares(space: Space) -> dict[str, Choice]:
+    """Choices that are drawn by their shares, by name."""
+    choices = (d for d in space.dimensions() if isinstance(d, Choice) and d.shares)
+    return {choice.name: choice for choice in choices}
 
 
 def _sampler(space: Space, section: StudySection) -> Any:
@@ -131,11 +163,13 @@ def _sampler(space: Space, section: StudySection) -> Any:
     samplers, seed = optuna.samplers, section.seed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler = section.sampler or sampler_for(space)
+        sampler = section.sampler or sampler_for(space, len(section.objectives))
         if sampler == "cma-es":
             return samplers.CmaEsSampler(seed=seed)
         if sampler == "tpe":
             return samplers.TPESampler(seed=seed, multivariate=True)
+        if sampler == "nsga-ii":
+            return samplers.NSGAIISampler(seed=seed, population_size=section.population)
         return samplers.RandomSampler(seed=seed)
 
 

@@ -1,7 +1,8 @@
 """The commands of searches: sweep and evolve."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ from merge.options import JSON, MEMORY, OFFLINE, THREADS
 
 if TYPE_CHECKING:
     from merge.search.ledger import Candidate
-    from merge.search.study import Outcome, Study
+    from merge.search.study import Outcome, Placing, Study
 
 FAILURES = 3  # that are told
+WIDTH = 78  # of the line that tells how far a search is
 OUTPUT = click.option(
     "-o",
     "--output",
@@ -27,13 +29,33 @@ MINUTES = click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), help="End after so many minutes."
 )
 SEED = click.option("--seed", type=int, help="Another seed draws other candidates.")
+WORKERS = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes that try candidates side by side and share --memory and --threads.  [default: 1]",
+)
+STUDY = click.option(
+    "--study",
+    "url",
+    metavar="URL",
+    help="Database that several machines share: postgresql://USER@HOST/DATABASE, or sqlite:///FILE for runs "
+    "side by side on one. The same command elsewhere joins in.",
+)
+RAY = click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Place the workers on a Ray cluster: auto (this machine's), local, or HOST:PORT.",
+)
 WRITE = click.option(
     "--write", type=click.IntRange(min=0), default=0, help="Also write the best N models."
 )
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (JSON, OFFLINE, THREADS, MEMORY, WRITE, SEED, MINUTES, TRIALS, OUTPUT):
+    options = (JSON, OFFLINE, THREADS, MEMORY, RAY, STUDY, WORKERS, WRITE, SEED, MINUTES, TRIALS)
+    for option in (*options, OUTPUT):
         command = option(command)
     return command
 
@@ -70,52 +92,99 @@ def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> Non
     file = find_recipe(recipe)
     folder = given["output"] or Path("out") / file.stem
     changes = {key: given[key] for key in ("trials", "minutes", "seed") if given[key] is not None}
+    placing = _placing(given["workers"], given["ray"])
     with open_study(
         file, folder, memory=given["memory"], threads=given["threads"], offline=given["offline"],
-        changes=changes, sampler=sampler,
+        changes=changes, sampler=sampler, url=given["url"],
     ) as study:  # fmt: skip
-        outcome = study.run(_told_live(given["as_json"]))
+        with _told_live(given["as_json"]) as tell:
+            outcome = study.run(tell, placing)
         outcome.save(folder)
     for candidate in outcome.top[: given["write"]]:
-        _write(folder, candidate, given)
+        _write(folder, candidate, outcome, given)
+    for note in study.notes:
+        click.echo(f"note: {note}", err=True)
     if given["as_json"]:
         click.echo(json.dumps(outcome.as_json(), indent=1))
         return
     click.echo(leaderboard(outcome))
+    for number, notes in outcome.kin.items():
+        for note in notes:
+            click.echo(f"note: candidate {number}: {note}", err=True)
     for number, reason in list(outcome.failed.items())[:FAILURES]:
         click.echo(f"note: candidate {number} failed: {reason}", err=True)
     if len(outcome.failed) > FAILURES:
         click.echo(f"note: {len(outcome.failed)} failed; outcome.json has the reasons", err=True)
+    if outcome.saved:
+        documents = sum(outcome.saved.values())
+        click.echo(f"{len(outcome.saved)} candidates were given up, {documents} documents saved")
+    if len(outcome.section.objectives) > 1:
+        many = f"{len(outcome.top)} candidates that no other one beats in all objectives"
+        click.echo(f"{many}; * has the best mean of them on val")
     if outcome.verdict:
         click.echo(outcome.verdict.words)
+    if outcome.winners > 1:
+        what = (
+            f"test was looked at for {outcome.winners} winners of this study, one after the other"
+        )
+        click.echo(f"{what}; the last is a little worse than it looks there")
     if outcome.average_is_as_good:
         click.echo("the plain average of its parents is as good or better there")
     click.echo(f"{folder}: {len(outcome.top)} recipes in {folder / 'recipes'}")
 
 
-def _told_live(quiet: bool) -> Callable[["Candidate", "Study"], None]:
-    """A line that tells how far the search is: the best so far, the rate, the time left."""
+def _placing(workers: int | None, ray: str | None) -> "Placing | None":
+    """Who tries candidates; None: this process."""
+    if ray is not None:
+        from merge.search.cluster import on_ray
+
+        return on_ray(ray, workers)
+    if workers is None or workers == 1:
+        return None
+    from merge.search.workers import on_this_machine
+
+    return on_this_machine(workers)
+
+
+@contextmanager
+def _told_live(quiet: bool) -> "Iterator[Callable[[Candidate, Study], None]]":
+    """A line that tells how far the search is while it is: the best so far, the rate, the time left."""
     import sys
     import time
 
+    from merge.search.ledger import DONE
+    from merge.search.starts import is_searched
+
     if quiet or not sys.stderr.isatty():
-        return lambda candidate, study: None
-    started, count, best = time.monotonic(), 0, float("-inf")
+        yield lambda candidate, study: None
+        return
+    started, count = time.monotonic(), 0
+    best = {True: float("-inf"), False: float("-inf")}  # of what is searched, of the baselines
 
     def tell(candidate: "Candidate", study: "Study") -> None:
-        nonlocal count, best
+        nonlocal count
         count += 1
-        best = max(best, candidate.scores["mean"] if candidate.scores else best)
-        rate = count / (time.monotonic() - started)
-        left = study.left() / rate / 60
-        said = f"best {100 * best:.1f}, {60 * rate:.0f} a minute, {left:.1f} min left"
-        said = f"candidate {candidate.number}: {said}"
-        click.echo(f"\r{said:<78}", nl=False, err=True)
+        searched = is_searched(candidate.origin)
+        if candidate.scores and candidate.state == DONE:
+            best[searched] = max(best[searched], candidate.scores["mean"])
+        rate = 60 * count / (time.monotonic() - started)
+        told = f"best {_points(best[True])}, baselines {_points(best[False])}, {rate:.0f} a minute"
+        said = f"candidate {candidate.number}: {told}, {study.left() / rate:.1f} min left"
+        click.echo(f"\r{said:<{WIDTH}}", nl=False, err=True)
 
-    return tell
+    try:
+        yield tell
+    finally:
+        click.echo(f"\r{'':<{WIDTH}}\r", nl=False, err=True)
 
 
-def _write(folder: Path, candidate: "Candidate", given: Mapping[str, Any]) -> None:
+def _points(mean: float) -> str:
+    return f"{100 * mean:.1f}" if mean > float("-inf") else "-"
+
+
+def _write(
+    folder: Path, candidate: "Candidate", outcome: "Outcome", given: Mapping[str, Any]
+) -> None:
     from merge.options import progress
     from merge.pipeline import run_recipe
 
@@ -124,21 +193,49 @@ def _write(folder: Path, candidate: "Candidate", given: Mapping[str, Any]) -> No
     )
     run_recipe(
         recipe.with_suffix(".yaml"), output, memory=given["memory"], threads=given["threads"],
-        offline=given["offline"], progress=progress,
+        offline=given["offline"], progress=progress, about=how_found(outcome, candidate),
     )  # fmt: skip
     click.echo(f"{output}: written and verified", err=given["as_json"])
 
 
+def how_found(outcome: "Outcome", candidate: "Candidate") -> str:
+    """The end of a candidate's model card: which search tried it, and how good it was there."""
+    section, number = outcome.section, candidate.number
+    splits = {
+        "dev, which was searched on": candidate.scores,
+        "val, which the best were chosen with": outcome.val.get(number),
+        "test": outcome.test.get(number),
+    }
+    rows = [f"| {name} | {_cell(scores)} |" for name, scores in splits.items() if scores]
+    kin = [f"- {note}" for note in outcome.kin.get(number, ())]
+    about = f"Candidate {number} of a search ({section.sampler}, seed {section.seed}) on the suite"
+    return "\n".join(
+        [
+            f"\n## How it was found\n\n{about} {section.suite}; mean and standard error, per cent:\n",
+            *("| documents | mean |", "|---|---|"),
+            *rows,
+            *(["", *kin] if kin else []),
+            "",
+        ]
+    )
+
+
 def leaderboard(outcome: "Outcome") -> str:
-    """The best, the parents and their average: on what was searched, chosen with, and kept for the end."""
-    rows = [["candidate", "dev", "val", "test"]]
+    """The best, the parents and their average: on what was searched, chosen with, and kept for the end; what
+    each reaches in the objectives of the study, on val."""
+    from merge.search.starts import is_searched
+
+    named = list(outcome.objectives(outcome.val[outcome.winner.number]))
+    rows = [["candidate", *named, "dev", "val", "test"]]
     for candidate in (*outcome.top, *outcome.rivals):
         number = candidate.number
-        name = f"{number}" if candidate.origin == "search" else candidate.origin
+        name = f"{number}" if is_searched(candidate.origin) else candidate.origin
         mark = " *" if number == outcome.winner.number else ""
         dev, val, test = candidate.scores, outcome.val.get(number), outcome.test.get(number)
-        rows.append([name, _cell(dev), _cell(val) + mark, _cell(test)])
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        reached = outcome.objectives(val).values() if val else ()
+        shown = [f"{100 * value:.1f}" for value in reached] or ["-"] * len(named)
+        rows.append([name, *shown, _cell(dev), _cell(val) + mark, _cell(test)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(_aligned(row, widths) for row in rows)
 
 

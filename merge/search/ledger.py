@@ -1,4 +1,4 @@
-"""What a search has tried: one row for each candidate, in a file of SQLite.
+"""What a search has tried: one row for each candidate, in a file of SQLite or on a PostgreSQL server.
 
 The ledger and not the optimiser is the memory of a search: whoever goes on tells a new optimiser the same
 values in the same order, and so is asked the same questions.
@@ -6,10 +6,10 @@ values in the same order, and so is asked the same questions.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection, Engine
@@ -17,8 +17,15 @@ from sqlalchemy.engine import Connection, Engine
 from merge.errors import RequestError, RunError
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
-ENDED = (DONE, FAILED)
+PRUNED = "pruned"  # given up before all documents were scored
+ENDED = (DONE, FAILED, PRUNED)
 STALE = 60.0  # seconds without a sign of life after which a worker counts as gone
+LOST = 3  # workers that may be lost over a candidate before it counts as failed
+OPENERS = 20  # times that opening gives way to others who make the same tables
+DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+GIVEN_UP = (
+    60_000  # milliseconds after which a server forgets who fell silent in the middle of a change
+)
 
 TABLES = sql.MetaData()
 STUDY = sql.Table(
@@ -46,10 +53,22 @@ CANDIDATES = sql.Table(
     sql.Column("worker", sql.String(100)),
     sql.Column("beat", sql.Float),
     sql.Column("seconds", sql.Float),
+    sql.Column("lost", sql.Integer, nullable=False, default=0),  # workers that were lost over it
     sql.UniqueConstraint("study", "digest"),
     sql.UniqueConstraint("study", "ended"),
 )
+LOOKS = sql.Table(  # at what the search did not see; each candidate once at each split
+    "mergetool_looks",
+    TABLES,
+    sql.Column("study", sql.String(200), primary_key=True),
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("split", sql.String(10), primary_key=True),
+    sql.Column("worker", sql.String(100), nullable=False),
+    sql.Column("beat", sql.Float, nullable=False),
+    sql.Column("scores", sql.Text),  # none: the worker is at it
+)
 NUMBER = CANDIDATES.c.number
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -75,43 +94,57 @@ class Candidate:
 class Ledger:
     """The candidates of one study. Processes on any machine may share it."""
 
-    def __init__(self, engine: Engine, study: str) -> None:
-        self._engine, self.study = engine, study
+    def __init__(self, engine: Engine, study: str, within: Connection | None = None) -> None:
+        self._engine, self.study, self._within = engine, study, within
+        self._ended: dict[int, Candidate] = {}  # by place: they change no more
 
     @classmethod
     def open(cls, url: str, study: str, digest: str, facts: Mapping[str, Any]) -> "Ledger":
         """The study of that name, made where there is none; RequestError where it is another search.
 
-        url: sqlite:///FILE; digest: stands for what is searched and how it is scored.
+        url: sqlite:///FILE or postgresql://USER@HOST/DATABASE; digest: stands for what is searched and how
+        it is scored.
         """
-        try:
-            engine = sql.create_engine(url)
-            if engine.dialect.name == "sqlite":
-                sql.event.listen(engine, "connect", _patient)
+        engine = _engine(url)
+
+        def made() -> None:
             TABLES.create_all(engine)
             with engine.begin() as connection:
                 _enter(connection, study, digest, facts)
-        except (sql.exc.SQLAlchemyError, ImportError) as error:
-            raise RequestError(f"{_without_password(url)}: {_reason(error)}") from None
+
+        _opened(url, made)
         return cls(engine, study)
 
     @classmethod
     def existing(cls, url: str, study: str) -> "Ledger":
         """A study that is there already; raises RequestError."""
-        try:
-            engine = sql.create_engine(url)
-            if engine.dialect.name == "sqlite":
-                sql.event.listen(engine, "connect", _patient)
-            with engine.begin() as connection:
-                known = connection.execute(sql.select(STUDY.c.name)).scalars().all()
-        except (sql.exc.SQLAlchemyError, ImportError) as error:
-            raise RequestError(f"{_without_password(url)}: {_reason(error)}") from None
+        known = cls.names(url)
         if study not in known:
-            names = ", ".join(known) or "none"
             raise RequestError(
-                f"{_without_password(url)}: has no study {study!r}; there is {names}"
+                f"{without_password(url)}: has no study {study!r}; there is {', '.join(known) or 'none'}"
             )
-        return cls(engine, study)
+        return cls(_engine(url), study)
+
+    @staticmethod
+    def names(url: str) -> list[str]:
+        """Of all studies in a database; raises RequestError."""
+        engine = _engine(url)
+
+        def names() -> list[str]:
+            with engine.begin() as connection:
+                return list(connection.execute(sql.select(STUDY.c.name)).scalars())
+
+        return _opened(url, names)
+
+    @contextmanager
+    def alone(self) -> Iterator["Ledger"]:
+        """The same ledger in one change, for which everybody else who wants to be alone waits."""
+        with self._begun() as connection:
+            mine = STUDY.c.name == self.study
+            connection.execute(STUDY.update().where(mine).values(name=STUDY.c.name))
+            inner = Ledger(self._engine, self.study, connection)
+            inner._ended = self._ended
+            yield inner
 
     def facts(self) -> dict[str, Any]:
         """What the study was begun with."""
@@ -120,10 +153,22 @@ class Ledger:
             found: dict[str, Any] = json.loads(connection.execute(chosen).scalar_one())
             return found
 
+    def remember(self, facts: Mapping[str, Any]) -> None:
+        """Adds to what the study was begun with; what is there already stays."""
+        with self.alone() as ledger, ledger._begun() as connection:
+            text = json.dumps({**facts, **ledger.facts()})
+            mine = STUDY.c.name == self.study
+            connection.execute(STUDY.update().where(mine).values(facts=text))
+
     def all(self) -> list[Candidate]:
         """Every candidate, by number."""
+        known = len(self._ended)
+        new = sql.or_(CANDIDATES.c.ended.is_(None), CANDIDATES.c.ended >= known)
         with self._begun() as connection:
-            return list(map(_candidate, connection.execute(self._query().order_by(NUMBER))))
+            found = [_candidate(row) for row in connection.execute(self._query().where(new))]
+        before = [self._ended[place] for place in range(known)]
+        self._ended.update({c.ended: c for c in found if c.ended is not None})
+        return sorted([*before, *found], key=lambda candidate: candidate.number)
 
     def one(self, number: int) -> Candidate:
         """The candidate of that number."""
@@ -139,8 +184,9 @@ class Ledger:
             text = connection.execute(chosen).scalar_one()
         return dict(json.loads(text)) if text else None
 
-    def add(self, candidate: Candidate) -> None:
-        """Enters a new candidate; its number and digest must be new."""
+    def add(self, candidate: Candidate, worker: str | None = None) -> None:
+        """Enters a new candidate, that worker's at once; its number and digest must be new."""
+        owner = {"worker": worker, "beat": self._now()} if worker else {}
         with self._begun() as connection:
             connection.execute(
                 CANDIDATES.insert().values(
@@ -151,30 +197,33 @@ class Ledger:
                     recipe=json.dumps(candidate.recipe),
                     asked=json.dumps(candidate.asked),
                     after=candidate.after,
-                    state=WAITING,
+                    state=RUNNING if worker else WAITING,
+                    **owner,
                 )
             )
 
     def take(self, worker: str) -> Candidate | None:
         """The first candidate that waits, or whose worker is silent for too long; now it is this worker's."""
+        self._give_up_the_silent()
+        free = CANDIDATES.c.state == WAITING
         with self._begun() as connection:
-            late = sql.and_(CANDIDATES.c.state == RUNNING, CANDIDATES.c.beat < time.time() - STALE)
-            free = sql.or_(CANDIDATES.c.state == WAITING, late)
             query = self._query().where(free).order_by(NUMBER)
             for row in connection.execute(query.with_for_update(skip_locked=True)).all():
                 found = _candidate(row)
-                if self._set(
-                    connection, found.number, free, RUNNING, worker=worker, beat=time.time()
-                ):
+                owner = {"worker": worker, "beat": self._now()}
+                if self._set(connection, found.number, free, RUNNING, **owner):
                     return found
         return None
 
-    def beat(self, number: int, worker: str) -> bool:
-        """Says that the worker is alive; False where the candidate is not its own any more."""
+    def beat(self, worker: str) -> None:
+        """Says that the worker is alive."""
         with self._begun() as connection:
-            return self._set(
-                connection, number, CANDIDATES.c.worker == worker, RUNNING, beat=time.time()
-            )
+            for table, busy in (
+                (CANDIDATES, CANDIDATES.c.state == RUNNING),
+                (LOOKS, LOOKS.c.scores.is_(None)),
+            ):
+                own = sql.and_(table.c.study == self.study, table.c.worker == worker, busy)
+                connection.execute(table.update().where(own).values(beat=self._now()))
 
     def end(
         self,
@@ -188,30 +237,105 @@ class Ledger:
     ) -> bool:
         """Enters how a candidate came out; False where another worker has it by now."""
         own = sql.and_(CANDIDATES.c.worker == worker, CANDIDATES.c.state == RUNNING)
-        others = CANDIDATES.alias()
-        last = sql.select(sql.func.coalesce(sql.func.max(others.c.ended), -1) + 1)
-        place = last.where(others.c.study == self.study).scalar_subquery()
         rest = {key: value for key, value in (scores or {}).items() if key != "answers"}
         told = {
             "scores": json.dumps(rest) if scores is not None else None,
             "answers": json.dumps(scores["answers"]) if scores and "answers" in scores else None,
         }
+        facts = {"reason": _storable(reason), "seconds": seconds, **told}
+        return self._ended_with(number, own, state, facts)
+
+    def workers(self) -> set[str]:
+        """Those who are at something, or were when they were cut off."""
+        running = self._own(sql.select(CANDIDATES.c.worker)).where(CANDIDATES.c.state == RUNNING)
+        mine = sql.and_(LOOKS.c.study == self.study, LOOKS.c.scores.is_(None))
+        with self._begun() as connection:
+            found = [*connection.execute(running).scalars()]
+            return {*found, *connection.execute(sql.select(LOOKS.c.worker).where(mine)).scalars()}
+
+    def release(self, worker: str | None = None, *, died: bool = False) -> None:
+        """Lets go of what a worker of that name was at, or everybody.
+
+        died: it was seen to die, and not only cut off; a candidate over which LOST workers died has failed.
+        """
+        whose = CANDIDATES.c.worker == worker if worker else sql.true()
+        self._let_go(sql.and_(CANDIDATES.c.state == RUNNING, whose), died=died)
+        looks = sql.and_(LOOKS.c.study == self.study, LOOKS.c.scores.is_(None))
+        whose = LOOKS.c.worker == worker if worker else sql.true()
+        with self._begun() as connection:
+            connection.execute(LOOKS.delete().where(looks, whose))
+
+    # -- looks at what the search did not see ----------------------------------------------------------
+
+    def looks(self, split: str) -> dict[int, dict[str, Any]]:
+        """What came of candidates on that split, by number."""
+        chosen = sql.select(LOOKS.c.number, LOOKS.c.scores).where(
+            LOOKS.c.study == self.study, LOOKS.c.split == split, LOOKS.c.scores.is_not(None)
+        )
+        with self._begun() as connection:
+            return {number: json.loads(scores) for number, scores in connection.execute(chosen)}
+
+    def begin_look(self, number: int, split: str, worker: str) -> bool:
+        """Whether this worker is to score the candidate there: nobody has, and nobody is at it."""
+        place = {"study": self.study, "number": number, "split": split}
+        silent = sql.and_(
+            *(LOOKS.c[key] == value for key, value in place.items()),
+            LOOKS.c.scores.is_(None),
+            LOOKS.c.beat < self._now() - STALE,
+        )
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(LOOKS.delete().where(silent))
+                connection.execute(LOOKS.insert().values(**place, worker=worker, beat=self._now()))
+        except sql.exc.IntegrityError:
+            return False
+        except sql.exc.SQLAlchemyError as error:
+            raise self._error(error) from None
+        return True
+
+    def end_look(self, number: int, split: str, worker: str, scores: Mapping[str, Any]) -> None:
+        """Enters what came of a candidate on that split."""
+        rest = {key: value for key, value in scores.items() if key != "answers"}
+        own = sql.and_(
+            LOOKS.c.study == self.study,
+            LOOKS.c.number == number,
+            LOOKS.c.split == split,
+            LOOKS.c.worker == worker,
+        )
+        with self._begun() as connection:
+            connection.execute(LOOKS.update().where(own).values(scores=json.dumps(rest)))
+
+    # -- how ---------------------------------------------------------------------------------------------
+
+    def _give_up_the_silent(self) -> None:
+        silent = CANDIDATES.c.beat < self._now() - STALE
+        self._let_go(sql.and_(CANDIDATES.c.state == RUNNING, silent))
+
+    def _let_go(self, gone: Any, *, died: bool = False) -> None:
+        """Candidates whose worker is gone wait again, or have failed."""
+        with self._begun() as connection:
+            found = connection.execute(self._own(sql.select(NUMBER)).where(gone)).scalars().all()
+            for number in found:
+                change = {"lost": CANDIDATES.c.lost + int(died)}
+                self._set(connection, number, gone, WAITING, **change)
+        for number in found if died else ():
+            tired = sql.and_(CANDIDATES.c.state == WAITING, CANDIDATES.c.lost >= LOST)
+            reason = f"{LOST} workers died while they tried it"
+            self._ended_with(number, tired, FAILED, {"reason": reason})
+
+    def _ended_with(self, number: int, when: Any, state: str, facts: Mapping[str, Any]) -> bool:
+        """Gives a candidate its place among those that ended; False where `when` does not hold any more."""
+        others = CANDIDATES.alias()
+        last = sql.select(sql.func.coalesce(sql.func.max(others.c.ended), -1) + 1)
+        place = last.where(others.c.study == self.study).scalar_subquery()
         while True:
             try:
                 with self._engine.begin() as connection:
-                    facts = {"reason": reason, "seconds": seconds, "ended": place}
-                    return self._set(connection, number, own, state, **facts, **told)
+                    return self._set(connection, number, when, state, ended=place, **facts)
             except sql.exc.IntegrityError:  # another ended in the same moment and has the place
                 continue
             except sql.exc.SQLAlchemyError as error:
-                raise RunError(f"study {self.study}: {_reason(error)}") from None
-
-    def release(self, worker: str | None = None) -> None:
-        """Lets go of what a worker of that name had begun, or every worker: it is gone."""
-        whose = sql.true() if worker is None else CANDIDATES.c.worker == worker
-        gone = sql.and_(whose, CANDIDATES.c.state == RUNNING)
-        with self._begun() as connection:
-            connection.execute(self._own(CANDIDATES.update().where(gone)).values(state=WAITING))
+                raise self._error(error) from None
 
     def _set(
         self, connection: Connection, number: int, when: Any, state: str, **values: Any
@@ -226,13 +350,62 @@ class Ledger:
     def _own(self, query: Any) -> Any:
         return query.where(CANDIDATES.c.study == self.study)
 
+    def _now(self) -> Any:
+        """Seconds by the clock that all who share the ledger have: a server's, or this machine's."""
+        if self._engine.dialect.name == "sqlite":
+            return time.time()
+        return sql.cast(sql.extract("epoch", sql.func.clock_timestamp()), sql.Float)
+
     @contextmanager
     def _begun(self) -> Iterator[Connection]:
+        if self._within is not None:
+            yield self._within
+            return
         try:
             with self._engine.begin() as connection:
                 yield connection
         except sql.exc.SQLAlchemyError as error:
-            raise RunError(f"study {self.study}: {_reason(error)}") from None
+            raise self._error(error) from None
+
+    def _error(self, error: Exception) -> RunError:
+        return RunError(f"study {self.study}: {_reason(error)}")
+
+
+def _engine(url: str) -> Engine:
+    """Raises RequestError where nothing is known of such databases."""
+    try:
+        parsed = sql.make_url(url)
+        parsed = parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
+        kind = parsed.get_backend_name()
+        if kind == "sqlite" and parsed.database not in (None, "", ":memory:"):
+            engine = sql.create_engine(parsed)
+            sql.event.listen(engine, "connect", _patient)
+            return engine
+        if kind == "postgresql":
+            options = f"-c idle_in_transaction_session_timeout={GIVEN_UP}"
+            return sql.create_engine(parsed, pool_pre_ping=True, connect_args={"options": options})
+    except ImportError:
+        todo = "install mergetool[postgres]"
+        raise RequestError(f"{without_password(url)}: PostgreSQL needs psycopg; {todo}") from None
+    except (sql.exc.SQLAlchemyError, ValueError):
+        pass
+    what = "must be sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+    raise RequestError(f"{without_password(url)}: is no database for a study; it {what}")
+
+
+def _opened(url: str, attempt: Callable[[], Found]) -> Found:
+    """What `attempt` gives; once more where another made the same in the same moment; raises RequestError."""
+    for left in reversed(range(OPENERS)):
+        try:
+            return attempt()
+        except sql.exc.SQLAlchemyError as error:
+            clash = isinstance(error, sql.exc.IntegrityError) or any(
+                words in str(error) for words in ("already exists", "is locked")
+            )
+            if not left or not clash:
+                raise RequestError(f"{without_password(url)}: {_reason(error)}") from None
+            time.sleep(0.05)
+    raise AssertionError
 
 
 def _enter(connection: Connection, study: str, digest: str, facts: Mapping[str, Any]) -> None:
@@ -273,8 +446,15 @@ def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "orig", None) or error).split())[:300]
 
 
-def _without_password(url: str) -> str:
+def _storable(text: str) -> str:
+    """A server takes neither zero bytes nor halves of characters."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def without_password(url: str) -> str:
+    """The address of a database as it may be shown: no password, none among its options either."""
     try:
-        return sql.make_url(url).render_as_string(hide_password=True)
-    except sql.exc.SQLAlchemyError:
+        parsed = sql.make_url(url)
+    except (sql.exc.SQLAlchemyError, ValueError):
         return "the study's database"
+    return parsed.set(query={}).render_as_string(hide_password=True)

@@ -7,7 +7,9 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ import numpy as np
 from merge.agreement import canonical
 from merge.errors import RequestError, ScoreError
 from merge.score import Suite, Task, task_manager
+from merge.score.harness import leaves
+from merge.score.running import set_examples
 from merge.search.documents import (
     APART,
     SHARES,
@@ -24,7 +28,10 @@ from merge.search.documents import (
     refuse_overlap,
     split_by_hash,
 )
+from merge.search.sections import StudySection
 from merge.search.verdict import Values
+
+BATCH_SIZE = 8  # of tasks that come without a suite
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,20 @@ class Panel:
 
     def marks(self, lm: Any) -> Marks:
         """Puts all documents to the model of `lm`; ScoreError where a metric has no value per document."""
+        self.ask(lm)
+        return self.judged(lm)
+
+    def of(self, documents: Mapping[str, Sequence[int]]) -> "Panel":
+        """Some documents of a whole panel, by task, ascending: what is answered here is answered there."""
+        split = Split(self.split.name, {task: tuple(found) for task, found in documents.items()})
+        tasks = {}
+        for name, task in self.tasks.items():
+            places = np.searchsorted(self.split.documents[name], documents[name])
+            tasks[name] = _of(task, places.tolist())
+        return Panel(split, self.metrics, tasks)
+
+    def ask(self, lm: Any) -> None:
+        """Puts all documents to the model of `lm`, which are judged later."""
         pending: dict[str, list[Any]] = defaultdict(list)
         for task in self.tasks.values():
             for request in task.instances:
@@ -84,7 +105,14 @@ class Panel:
         for kind, requests in pending.items():
             for answer, request in zip(getattr(lm, kind)(requests), requests, strict=True):
                 request.resps.append(answer)
-        values = {name: self._judged(name, task) for name, task in self.tasks.items()}
+
+    def values(self) -> dict[str, Values]:
+        """The metric of every document that was answered, by task."""
+        return {name: self._judged(name, task) for name, task in self.tasks.items()}
+
+    def judged(self, lm: Any) -> Marks:
+        """What came of the answers of the model of `lm`."""
+        values = self.values()
         texts = {name: _generated(task) for name, task in self.tasks.items()}
         every = [text for found in texts.values() for text in found]
         return Marks(
@@ -116,22 +144,30 @@ class Panel:
         return sign * np.array(found)
 
 
-def panels(name: str, limit: int | None) -> dict[str, Panel]:
+def suite_of(section: StudySection) -> Suite:
+    """The suite that a study searches on: a shipped one, one in a folder, or tasks by their names."""
+    if section.tasks is None:
+        return Suite.named(section.suite)
+    include = (Path(section.include),) if section.include else ()
+    for folder in include:
+        if not any(folder.glob("*.yaml")):
+            raise RequestError(f"{folder}: holds no task files of lm-eval (*.yaml)")
+    tasks = [Task(each.task, each.metric, each.higher_is_better) for each in section.tasks]
+    return Suite("tasks", Path(), tuple(tasks), BATCH_SIZE, include)
+
+
+def panels(of: str | Suite, limit: int | None) -> dict[str, Panel]:
     """dev, val and test of a suite. What it keeps apart as search_tasks is dev and val, the rest is test;
     else the documents are split by hash. Raises RequestError where a document would be in two of them.
 
     limit: of documents of each task of dev.
     """
-    suite = Suite.named(name)
-    try:
-        apart: Suite | None = Suite.named(name, split="search")
-    except RequestError:
-        apart = None
+    suite, apart = (of, None) if isinstance(of, Suite) else (Suite.named(of), _apart(of))
     looked = apart or suite
-    documents = {task.name: _documents(suite, task.name) for task in looked.tasks}
+    documents = {task.name: _documents(suite, task) for task in looked.tasks}
     splits = split_by_hash(documents, APART if apart else SHARES)
     if apart:
-        last = {task.name: _documents(suite, task.name) for task in suite.tasks}
+        last = {task.name: _documents(suite, task) for task in suite.tasks}
         numbers = {task: tuple(range(len(found))) for task, found in last.items()}
         splits["test"] = Split("test", numbers)
         refuse_overlap([("search", documents), ("test", last)])
@@ -143,8 +179,16 @@ def panels(name: str, limit: int | None) -> dict[str, Panel]:
     }
 
 
+def _apart(name: str) -> Suite | None:
+    """What a suite keeps for searches, if anything."""
+    try:
+        return Suite.named(name, split="search")
+    except RequestError:
+        return None
+
+
 def _panel(suite: Suite, split: Split) -> Panel:
-    tasks = _lm_eval_tasks(suite, [task.name for task in suite.tasks])
+    tasks = _lm_eval_tasks(suite, suite.tasks)
     for name, task in tasks.items():
         numbers = list(split.documents.get(name, ()))
         if not numbers:
@@ -155,14 +199,32 @@ def _panel(suite: Suite, split: Split) -> Panel:
     return Panel(split, {task.name: task for task in suite.tasks}, tasks)
 
 
-def _documents(suite: Suite, name: str) -> list[Mapping[str, Any]]:
-    return list(_lm_eval_tasks(suite, [name])[name].eval_docs)
+def _of(task: Any, places: Sequence[int]) -> Any:
+    """An lm-eval task with the requests of the documents at these places of it, which both share."""
+    part, wanted = copy(task), set(places)
+    part._instances = [request for request in task.instances if request.doc_id in wanted]
+    return part
 
 
-def _lm_eval_tasks(suite: Suite, names: Sequence[str]) -> dict[str, Any]:
+def _documents(suite: Suite, task: Task) -> list[Mapping[str, Any]]:
+    return list(_lm_eval_tasks(suite, [task])[task.name].eval_docs)
+
+
+def _lm_eval_tasks(suite: Suite, tasks: Sequence[Task]) -> dict[str, Any]:
+    """lm-eval's tasks by name, with as many solved examples as the suite says; RequestError for a group."""
     from lm_eval.tasks import get_task_dict
 
-    return dict(get_task_dict(list(names), task_manager(suite)))
+    harness, found = task_manager(suite), {}
+    for task in tasks:
+        parts = list(leaves(get_task_dict([task.name], harness)))
+        if len(parts) != 1:
+            within = ", ".join(part.config.task for part in parts[:3])
+            raise RequestError(
+                f"task {task.name} is a group of {len(parts)} ({within}, ...); a search names each task"
+            )
+        set_examples(parts[0], task.num_fewshot)
+        found[task.name] = parts[0]
+    return found
 
 
 def _generated(task: Any) -> list[str]:

@@ -15,7 +15,6 @@ from merge.pipeline import budget_of, plan_parsed
 from merge.plan import Plan
 from merge.recipe import parse_recipe
 from merge.score import (
-    Suite,
     check_logits,
     few_threads,
     lm_of,
@@ -23,7 +22,8 @@ from merge.score import (
     scoring_dtype,
 )
 from merge.search.live import LiveModel, Shells
-from merge.search.panel import Panel, panels
+from merge.search.panel import Marks, Panel, panels, suite_of
+from merge.search.pruning import Bar, blocks_of, marks_until
 from merge.search.sections import StudySection
 from merge.sources.model import Model
 
@@ -43,9 +43,13 @@ class Scorer:
 
     def __post_init__(self) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._batch_size = Suite.named(self.section.suite).batch_size
+        suite = suite_of(self.section)
+        self._batch_size = suite.batch_size
         with quiet_libraries():
-            self.panels: dict[str, Panel] = panels(self.section.suite, self.section.limit)
+            self.panels: dict[str, Panel] = panels(
+                suite if self.section.tasks else self.section.suite, self.section.limit
+            )
+            self._blocks = blocks_of(self.panels["dev"]) if self.section.prune else []
             self._shells = Shells(*scoring_dtype())
         keep_freed_memory()
 
@@ -65,12 +69,30 @@ class Scorer:
         shell.become(plan, budget_of(plan, self.memory, self.threads))
         return shell
 
-    def scored(self, recipe: Mapping[str, Any], split: str = "dev") -> tuple[dict[str, Any], float]:
-        """What came of a candidate on a split (see Marks), and seconds; raises MergetoolError."""
+    def scored(
+        self, recipe: Mapping[str, Any], split: str = "dev", bar: Bar | None = None
+    ) -> tuple[dict[str, Any], float]:
+        """What came of a candidate on a split (see Marks), and seconds; raises MergetoolError.
+
+        bar: what it must not fall short of; else what came of the documents until then.
+        """
         started = time.monotonic()
         plan = self.plan(recipe)
         with quiet_libraries(), few_threads(plan.write_bytes):
             live = self.live(plan)
             check_logits(live.model, live.tokenizer, "the candidate")
-            marks = self.panels[split].marks(lm_of(live.model, live.tokenizer, self._batch_size))
+            lm = lm_of(live.model, live.tokenizer, self._batch_size)
+            marks = self._marks(split, lm, bar)
         return marks.as_json(), time.monotonic() - started
+
+    def saved(self, scores: Mapping[str, Any]) -> int:
+        """Documents of dev that a candidate with these scores was not asked."""
+        return self.panels["dev"].split.count - sum(map(len, scores["values"].values()))
+
+    def _marks(self, split: str, lm: Any, bar: Bar | None) -> Marks:
+        """Where candidates may be given up, all are asked in the same blocks: what is in a batch together
+        changes the last bits of an answer."""
+        panel = self.panels[split]
+        if split == "dev" and self._blocks:
+            return marks_until(panel, self._blocks, lm, bar)
+        return panel.marks(lm)

@@ -3,24 +3,28 @@
 A recipe with one of these in the place of values is a space; whoever fills it decides for each as it is met:
 
     {search: [0.1, 0.9]}     a number; `log: true`, `int: true`; `points: 3` makes a gradient of three
-    {choice: [A, B]}         one of them, of any kind; they may vary in themselves
+    {choice: [A, B]}         one of them, of any kind; they may vary in themselves; `probabilities: [1, 3]`
     models: {pool: [A, B, C], pick: 2, parameters: {...}}     so many different models of the pool;
                              `base: first` makes the first one base_model, where nothing else is
-    slices: {path: {models: [A, B], layers: 24, repeats: 1}}  layers of models in turn, each there or not
-    variants: [{merge_method: ..., parameters: ...}, ...]     one of these goes into the recipe
+    slices: {path: ...}      layers of several models, one after another (paths.py)
+    slices: {groups: ...}    layers in groups, each with values of its own (paths.py)
+    variants: [{merge_method: ..., parameters: ...}, ...]     one of these goes into the recipe; with
+                             `probability: 0.4` in each, a random search draws some more often than others
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate
 from typing import Any, cast
 
 from merge.errors import RecipeError
 from merge.lines import Lines
 from merge.lines import Path as Place
+from merge.search import paths
 
 DIGITS = 6  # significant ones of a number that is drawn: a candidate is a recipe that people read
 WAYS = ("search", "choice", "pool")
+LAYERED = ("path", "groups")  # of slices
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,26 @@ class Whole:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of `count` things, by its number. `labels`: what they are, for people."""
+    """One of `count` things, by its number. `labels`: what they are, for people. `shares`: how often a
+    random search draws each, of any sum; none: all as often."""
 
     name: str
     labels: tuple[str, ...]
+    shares: tuple[float, ...] = ()
 
     @property
     def count(self) -> int:
         return len(self.labels)
+
+    def at(self, place: float) -> int:
+        """The number of the thing at a place in [0, 1], where each takes up its share."""
+        ends = list(accumulate(self.shares))
+        return next((i for i, end in enumerate(ends) if place * ends[-1] < end), self.count - 1)
+
+    def middle(self, number: int) -> float:
+        """A place of that thing."""
+        ends = [0.0, *accumulate(self.shares)]
+        return (ends[number] + ends[number + 1]) / 2 / ends[-1]
 
 
 Dimension = Real | Whole | Choice
@@ -72,11 +88,7 @@ class Space:
         variants = data.pop("variants", None)
         found = cast(dict[str, Any], filler.value(data, ()))
         if variants is not None:
-            chosen = filler.one_of(variants, ("variants",))
-            if not isinstance(chosen, dict):
-                what = "variants must be a list of parts of a recipe"
-                raise self.lines.error(("variants",), what)
-            found = _joined(found, chosen)
+            found = _joined(found, filler.variant(variants))
         return ({"base_model": filler.base} if filler.base else {}) | found
 
     def dimensions(self) -> list[Dimension]:
@@ -118,8 +130,8 @@ def _way(value: Mapping[str, Any], at: Place) -> str | None:
     """In which way a table stands for what may vary; tokens or modules may have the same names."""
     if not at:
         return None
-    if at[-1] == "slices" and isinstance(value.get("path"), dict):
-        return "path"
+    if at[-1] == "slices" and (way := next((key for key in LAYERED if key in value), None)):
+        return way
     return next((key for key in WAYS if key in value and not isinstance(value[key], dict)), None)
 
 
@@ -139,21 +151,38 @@ class _Filler:
         if way == "search":
             return self._number(value, at)
         if way == "choice":
-            self._check_keys(value, at, ("choice",))
-            return self.one_of(value["choice"], at)
+            self._check_keys(value, at, ("choice", "probabilities"))
+            return self.one_of(value["choice"], at, value.get("probabilities"))
         if way == "pool":
             return self._models(value, at)
         if way == "path":
-            return self._slices(value["path"], (*at, "path"))
+            return self._path(value, at)
+        if way == "groups":
+            return self._groups(value, at)
         return {key: self.value(each, (*at, str(key))) for key, each in value.items()}
 
-    def one_of(self, options: Any, at: Place) -> Any:
+    def one_of(self, options: Any, at: Place, shares: Any = None) -> Any:
         """The chosen one of `options`, filled in itself."""
         if not isinstance(options, list) or not options:
             raise self._error(at, "it must be a list of what to choose from")
         labels = tuple(_label(option) for option in options)
-        chosen = int(self._ask(Choice(_name(at), labels)))
+        if shares is not None and not _are_shares(shares, len(options)):
+            what = f"probabilities must be {len(options)} numbers above 0, one for each"
+            raise self._error(at, what)
+        chosen = int(self._ask(Choice(_name(at), labels, tuple(shares or ()))))
         return self.value(options[chosen], (*at, chosen))
+
+    def variant(self, variants: Any) -> dict[str, Any]:
+        """The chosen part of a recipe, filled in."""
+        at: Place = ("variants",)
+        parts = variants if isinstance(variants, list) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
+            raise self._lines.error(at, "variants must be a list of parts of a recipe")
+        shares = [part["probability"] for part in parts if "probability" in part]
+        if shares and not _are_shares(shares, len(parts)):
+            raise self._error(at, "probability must be a number above 0, in each or in none")
+        plain = [{k: v for k, v in part.items() if k != "probability"} for part in parts]
+        return cast(dict[str, Any], self.one_of(plain, at, shares or None))
 
     def _number(self, spec: Mapping[str, Any], at: Place) -> Any:
         self._check_keys(spec, at, ("search", "log", "int", "points"))
@@ -187,7 +216,7 @@ class _Filler:
         return min(max(float(f"{drawn:.{DIGITS}g}"), low), high)
 
     def _models(self, spec: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
-        """So many different models of a pool: one that is taken already gives way to the next."""
+        """So many different models of a pool."""
         self._check_keys(spec, at, ("pool", "pick", "base", "parameters"))
         pool, pick = spec["pool"], spec.get("pick", 2)
         if not isinstance(pool, list) or not all(isinstance(name, str) for name in pool):
@@ -196,13 +225,10 @@ class _Filler:
             raise self._error((*at, "pick"), f"pick must be a whole number from 1 to {len(pool)}")
         if spec.get("base", "first") != "first":
             raise self._error((*at, "base"), "base must be first, or left out")
-        left, found = list(pool), []
+        found: list[dict[str, Any]] = []
         for i in range(pick):
-            asked = pool[int(self._ask(Choice(f"{_name(at)}.{i}.model", tuple(pool))))]
-            ahead = [*pool[pool.index(asked) :], *pool]
-            model = next(name for name in ahead if name in left)
-            left.remove(model)
-            entry: dict[str, Any] = {"model": model}
+            taken = [entry["model"] for entry in found]
+            entry: dict[str, Any] = {"model": self._another(pool, taken, f"{_name(at)}.{i}")}
             if "parameters" in spec:
                 entry["parameters"] = self.value(spec["parameters"], (*at, i, "parameters"))
             found.append(entry)
@@ -210,27 +236,36 @@ class _Filler:
             self.base = found[0]["model"]
         return found
 
-    def _slices(self, spec: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
-        """Every layer of every model in turn, `repeats` times, each there or not (arXiv:2403.13187)."""
-        self._check_keys(spec, at, ("models", "layers", "repeats"))
-        models, layers, repeats = spec.get("models"), spec.get("layers"), spec.get("repeats", 1)
-        if not isinstance(models, list) or not models:
-            raise self._error((*at, "models"), "models must be a list of models")
-        for key, count in (("layers", layers), ("repeats", repeats)):
-            if type(count) is not int or count < 1:
-                raise self._error((*at, key), f"{key} must be a whole number from 1")
-        assert isinstance(layers, int)
-        chosen = [
-            (model, layer)
-            for r in range(repeats)
-            for model in models
-            for layer in range(layers)
-            if self._ask(Choice(f"{_name(at)}.{r}.{model}.{layer}", ("without", "with")))
-        ]
-        return [
-            {"sources": [{"model": model, "layer_range": [first, end]}]}
-            for model, first, end in _stretches(chosen)
-        ]
+    def _another(self, pool: Sequence[str], taken: Sequence[str], name: str) -> str:
+        """A model of the pool; where that is taken already, one of the others, each as likely."""
+        asked = pool[int(self._ask(Choice(f"{name}.model", tuple(pool))))]
+        left = tuple(model for model in pool if model not in taken)
+        if asked in left or len(left) == 1:
+            return asked if asked in left else left[0]
+        return left[int(self._ask(Choice(f"{name}.other", left)))]
+
+    def _path(self, value: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
+        self._check_keys(value, at, ("path",))
+        spec, inside = value["path"], (*at, "path")
+        self._check_layered(spec, inside, ("models", "layers", "block", "repeats", "places"))
+        paths.check(spec, lambda key, what: self._error((*inside, key), what))
+        return paths.path(
+            spec, lambda name, labels: int(self._ask(Choice(f"{_name(inside)}.{name}", labels)))
+        )
+
+    def _groups(self, value: Mapping[str, Any], at: Place) -> list[Any]:
+        """Slices of so many layers each, from the first to the last; each is filled in for itself."""
+        self._check_keys(value, at, ("groups",))
+        spec, inside = value["groups"], (*at, "groups")
+        self._check_layered(spec, inside, ("models", "layers", "block", "base_model", "parameters"))
+        paths.check(spec, lambda key, what: self._error((*inside, key), what), alike=True)
+        pieces = paths.groups(spec)
+        return [self.value(piece, (*at, i)) for i, piece in enumerate(pieces)]
+
+    def _check_layered(self, spec: Any, at: Place, known: tuple[str, ...]) -> None:
+        if not isinstance(spec, dict):
+            raise self._error(at, f"it must be a table of {', '.join(known)}")
+        self._check_keys(spec, at, known)
 
     def _check_keys(self, spec: Mapping[str, Any], at: Place, known: tuple[str, ...]) -> None:
         for key in spec:
@@ -243,12 +278,13 @@ class _Filler:
         return self._lines.error(at, f"{_name(at)}: {what}")
 
 
-def _stretches(layers: list[tuple[str, int]]) -> Iterator[tuple[str, int, int]]:
-    """(model, first, end) of layers of one model that follow one another."""
-    numbered = [(model, layer, layer - i) for i, (model, layer) in enumerate(layers)]
-    for (model, _), run in groupby(numbered, key=lambda each: (each[0], each[2])):
-        stretch = [layer for _, layer, _ in run]
-        yield model, stretch[0], stretch[-1] + 1
+def _are_shares(given: Any, count: int) -> bool:
+    """Whether they are as many numbers above 0."""
+    numbers = given if isinstance(given, list) else []
+    return len(numbers) == count and all(
+        isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < float("inf")
+        for n in numbers
+    )
 
 
 def _joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,146 +20,283 @@ import numpy as np
 import yaml
 
 from merge.agreement import canonical
+from merge.ancestry import ancestry_notes
 from merge.errors import MergetoolError, OutputError, RequestError, RunError
-from merge.lines import Lines, load_documents
+from merge.lines import Lines, load_documents, nearest
+from merge.pipeline import budget_of
 from merge.score import check_installed
-from merge.search.asking import Asker, sampler_for, value_of
-from merge.search.ledger import DONE, ENDED, FAILED, Candidate, Ledger
+from merge.search.asking import Asker, sampler_for
+from merge.search.automerger import expanded
+from merge.search.front import front_of, objectives_of, unknown_tasks, values_of
+from merge.search.genome import converted, layers_of
+from merge.search.ledger import DONE, ENDED, FAILED, PRUNED, Candidate, Ledger
+from merge.search.parents import check_parents, parents_facts
+from merge.search.pruning import bar_for
 from merge.search.scoring import Scorer
-from merge.search.sections import StudySection
-from merge.search.space import Choice, Dimension, Space, varying
-from merge.search.tried import baselines, digest_of
+from merge.search.sections import OF_SEVERAL, StudySection
+from merge.search.signs import PAUSE, beating, is_gone, own_name
+from merge.search.space import Space, varying
+from merge.search.starts import (
+    check_starts,
+    ends,
+    is_searched,
+    start_recipes,
+    with_recipes,
+)
+from merge.search.tried import baselines, digest_of, parents_of
 from merge.search.verdict import Verdict, compared, error_of
 from merge.sections import read_section
+from merge.sources.model import Model
 from merge.write import writing
 
 DATABASE, LOCK = "study.db", "study.lock"
-NAME = "study"  # in its database: it may be moved
-WORKER = "here"
+NAME = "study"  # in a database of its own: it may be moved
 LONGER = {"trials", "minutes", "documents", "top"}  # what a study may go on with otherwise
 ASKED_BY = ("optuna", "cmaes")
 
 Told = Callable[[Candidate, "Study"], None]
+Placing = Callable[["Study", Told], None]  # has workers somewhere try candidates until none is left
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What each worker of a study opens it with. `changes`: to the recipe's `study` section. `sampler`: where
+    that names none. `url`: of the ledger, which may be `shared` with other runs. `place`: where relative
+    names start from. `until`: seconds since 1970 from which nothing new is asked for."""
+
+    file: Path
+    changes: Mapping[str, Any]
+    sampler: str | None
+    memory: str
+    threads: int | None
+    offline: bool
+    url: str
+    shared: bool
+    place: Path
+    until: float | None = None
 
 
 @dataclass
 class Study:
-    """What is searched and how: a space, its settings, the candidates so far."""
+    """What is searched and how: a space, its settings, the candidates so far. `notes`: what happened on the
+    way that people should know."""
 
-    file: Path
+    setup: Setup
     space: Space
     section: StudySection
     ledger: Ledger
     scorer: Scorer
+    notes: list[str] = field(default_factory=list)
 
-    def run(self, tell: Told = lambda candidate, study: None) -> "Outcome":
+    @property
+    def file(self) -> Path:
+        return self.setup.file
+
+    def run(
+        self, tell: Told = lambda candidate, study: None, placing: Placing | None = None
+    ) -> "Outcome":
         """Tries candidates until the study is at its end, then compares the best; goes on where it stopped.
 
-        tell(candidate, study): is called with every candidate that came to an end.
+        tell(candidate, study): is called with every candidate that came to an end. placing: has others try
+        them, not this process.
         """
-        started = time.monotonic()
-        self.ledger.release()
+        if self.section.minutes is not None:
+            self.setup = replace(self.setup, until=time.time() + 60 * self.section.minutes)
+        for worker in self.ledger.workers():
+            if not self.setup.shared or is_gone(worker):
+                self.ledger.release(worker)
         self._enter_baselines()
-        asker = Asker(self.space, self.section)
-        asker.repeat(self.ledger.all(), self.ledger.facts().get("begun_with", ""))
-        while True:
-            candidate = self.ledger.take(WORKER)
-            if candidate is None:
-                if self._is_over(started) or not self._asked(asker):
-                    break
-                continue
-            ended = self._tried(candidate)
-            asker.tell(ended)
-            tell(ended, self)
+        if placing:
+            placing(self, tell)
+        else:
+            self.work(own_name(), tell)
         return self.outcome()
+
+    def check_share(self, share: Setup) -> None:
+        """Raises PlanError where a part of the memory is too small for a candidate."""
+        _check_plans(self.space, self.scorer, share.memory, share.threads)
+
+    def work(self, worker: str, tell: Told = lambda candidate, study: None) -> None:
+        """Tries candidates, as others may beside it, until there is none left to try."""
+        asker = Asker(self.space, self.section)
+        begun_with = self.ledger.facts().get("begun_with", "")
+        asker.repeat(self.ledger.all(), begun_with, to_the_end=False)
+        with beating(self.ledger, worker):
+            for candidate in self._candidates(asker, begun_with, worker):
+                tried = self._tried(candidate, worker)
+                if tried.state in ENDED:  # else it is another's by now
+                    tell(tried, self)
+
+    def _candidates(self, asker: Asker, begun_with: str, worker: str) -> Iterator[Candidate]:
+        """What nobody else is at, or the next one asked for; waits for others, who may be lost."""
+        used_up = False
+        while True:
+            if found := self.ledger.take(worker):
+                yield found
+                continue
+            every = self.ledger.all()
+            if not used_up and not self._is_over(every):
+                asked = self._asked(asker, begun_with, worker)
+                used_up = asked is None
+                yield from filter(None, [asked])
+            elif all(candidate.state in ENDED for candidate in every):
+                return
+            else:
+                time.sleep(PAUSE)
 
     def left(self) -> int:
         """Candidates that are still to be tried."""
-        tried = sum(c.origin == "search" and c.state in ENDED for c in self.ledger.all())
+        tried = sum(is_searched(c.origin) and c.state in ENDED for c in self.ledger.all())
         return max(0, self.section.trials - tried)
 
     def _enter_baselines(self) -> None:
         """Those that are not there yet: a run may have been cut off between two."""
-        known = {candidate.digest for candidate in self.ledger.all()}
-        for origin, recipe in baselines(self.space.data) if self.section.baselines else ():
-            if (digest := digest_of(recipe)) not in known:
-                self.ledger.add(Candidate(len(known), digest, origin, recipe, {}))
-                known.add(digest)
+        with self.ledger.alone() as ledger:
+            known = {candidate.digest for candidate in ledger.all()}
+            first = baselines(self.space.data) if self.section.baselines else ()
+            for origin, recipe in chain(first, start_recipes(self.section)):
+                if (digest := digest_of(recipe)) not in known:
+                    ledger.add(Candidate(len(known), digest, origin, recipe, {}))
+                    known.add(digest)
 
-    def _asked(self, asker: Asker) -> bool:
-        """Enters the next candidate; False where there is none."""
-        number = len(self.ledger.all())
-        found = asker.ask(number)
-        if found is None:
-            return False
-        recipe, asked = found
-        self.ledger.add(
-            Candidate(number, digest_of(recipe), "search", recipe, asked, after=asker.told)
-        )
-        return True
+    def _asked(self, asker: Asker, begun_with: str, worker: str) -> Candidate | None:
+        """The next candidate, entered as this worker's; None where there is none. One worker asks at a time,
+        and knows what all others were told."""
+        with self.ledger.alone() as ledger:
+            every = ledger.all()
+            if self._is_over(every):
+                return None
+            asker.repeat(every, begun_with)
+            found = asker.ask(len(every))
+            if found is None:
+                return None
+            recipe, asked = found
+            candidate = Candidate(
+                len(every), digest_of(recipe), "search", recipe, asked, after=asker.told
+            )
+            ledger.add(candidate, worker)
+        return candidate
 
-    def _is_over(self, started: float) -> bool:
+    def _is_over(self, every: Sequence[Candidate]) -> bool:
         """Trials and documents count over all runs of the study, minutes for this one."""
-        section = self.section
-        if not self.left():
+        section, until = self.section, self.setup.until
+        if sum(is_searched(candidate.origin) for candidate in every) >= section.trials:
             return True
-        scores = [candidate.scores for candidate in self.ledger.all() if candidate.scores]
+        scores = [candidate.scores for candidate in every if candidate.scores]
         documents = sum(len(v) for found in scores for v in found["values"].values())
         over = section.documents is not None and documents >= section.documents
-        return over or (
-            section.minutes is not None and time.monotonic() - started >= 60 * section.minutes
-        )
+        return over or (until is not None and time.time() >= until)
 
-    def _tried(self, candidate: Candidate) -> Candidate:
+    def _tried(self, candidate: Candidate, worker: str) -> Candidate:
         """A candidate scored, or failed with its reason."""
         try:
-            scores, seconds = self.scorer.scored(candidate.recipe)
-            self.ledger.end(candidate.number, WORKER, DONE, scores=scores, seconds=seconds)
-        except MergetoolError as error:
-            self.ledger.end(candidate.number, WORKER, FAILED, reason=str(error))
+            bar = bar_for(candidate, self.ledger.all(), self.section)
+            scores, seconds = self.scorer.scored(candidate.recipe, bar=bar)
+        except Exception as error:  # of a library too: one candidate is no reason to end a search
+            known = isinstance(error, MergetoolError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            self.ledger.end(candidate.number, worker, FAILED, reason=reason)
+        else:
+            state = PRUNED if self.scorer.saved(scores) else DONE
+            self.ledger.end(candidate.number, worker, state, scores=scores, seconds=seconds)
         return self.ledger.one(candidate.number)
 
     def outcome(self) -> "Outcome":
         """The best of the study, scored again on documents that the search did not see; raises RunError."""
         every = self.ledger.all()
         done = [c for c in every if c.state == DONE]
-        found = sorted((c for c in done if c.origin == "search"), key=_rank)[: self.section.top]
+        given_up = [c for c in every if c.state == PRUNED]
+        found = self._found(done) or self._found(given_up)
         if not found:
             reason = next(
-                (c.reason for c in every if c.origin == "search" and c.reason), "none ended"
+                (c.reason for c in every if is_searched(c.origin) and c.reason), "none ended"
             )
             raise RunError(f"{self.file}: no candidate could be scored: {reason}")
-        rivals = [c for c in done if c.origin != "search"]
-        again = {c.number: self._again(c, "val") for c in [*found, *rivals]}
+        rivals = [c for c in done if not is_searched(c.origin)]
+        again = self._looked_at([*found, *rivals], "val")
 
         def best(of: list[Candidate]) -> Candidate:
-            return max(of, key=lambda c: (again[c.number]["mean"], -c.number))
+            return max(of, key=lambda c: (_mean(self.section, again[c.number]), -c.number))
 
         winner = best(found)
         parents = [c for c in rivals if c.origin.startswith("parent")]
-        test = {c.number: self._again(c, "test") for c in (winner, *rivals)}
+        test = self._looked_at([winner, *rivals], "test")
+        winners = sum(is_searched(every[number].origin) for number in self.ledger.looks("test"))
         verdict = None
         if parents:
             rival = best(parents)
-            ours, theirs = (_arrays(test[c.number]) for c in (winner, rival))
+            ours, theirs = (self._compared_on(test[c.number]) for c in (winner, rival))
             name = rival.origin.removeprefix("parent ")
             verdict = compared(f"candidate {winner.number}", name, ours, theirs)
         failed = {c.number: c.reason for c in every if c.state == FAILED}
-        return Outcome(winner, tuple(found), tuple(rivals), again, test, verdict, failed)
+        kin = {c.number: tuple(ancestry_notes(self.scorer.plan(c.recipe))) for c in found}
+        saved = {c.number: self.scorer.saved(c.scores or {}) for c in every if c.state == PRUNED}
+        rest = (again, test, verdict, failed, winners, self.section, kin, saved)
+        return Outcome(winner, tuple(found), tuple(rivals), *rest)
 
-    def _again(self, candidate: Candidate, split: str) -> dict[str, Any]:
-        return self.scorer.scored(candidate.recipe, split)[0]
+    def _found(self, done: list[Candidate]) -> list[Candidate]:
+        """The best of the search on dev, the best mean of objectives first; of several objectives, all that
+        nothing beats in all of them, a parent neither."""
+        searched = sorted(
+            (c for c in done if is_searched(c.origin)), key=lambda c: _rank(c, self.section)
+        )
+        if len(self.section.objectives) < 2:
+            return searched[: self.section.top]
+        return [c for c in searched if c in front_of(done, self.section)] or searched[:1]
+
+    def _compared_on(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by task, of those that the objectives name where `scores` has them all, else of all."""
+        values = _arrays(scores)
+        named = [task for tasks in objectives_of(self.section).values() for task in tasks]
+        if not named or any(task not in values for task in named):
+            return values
+        return {task: values[task] for task in dict.fromkeys(named)}
+
+    def _looked_at(self, candidates: Sequence[Candidate], split: str) -> dict[int, dict[str, Any]]:
+        """What came of candidates on a split, by number: each is scored there once, whoever comes first."""
+        worker, wanted = own_name(), {candidate.number: candidate for candidate in candidates}
+        with beating(self.ledger, worker):
+            while True:
+                known = self.ledger.looks(split)
+                left = [candidate for number, candidate in wanted.items() if number not in known]
+                if not left:
+                    return {number: known[number] for number in wanted}
+                begun = (c for c in left if self.ledger.begin_look(c.number, split, worker))
+                if mine := next(begun, None):
+                    self._look(mine, split, worker)
+                else:
+                    time.sleep(PAUSE)
+
+    def _look(self, candidate: Candidate, split: str, worker: str) -> None:
+        try:
+            scores, _ = self.scorer.scored(candidate.recipe, split)
+        except BaseException:
+            self.ledger.release(worker)
+            raise
+        self.ledger.end_look(candidate.number, split, worker, scores)
 
 
-def _rank(candidate: Candidate) -> tuple[float, int]:
-    value = value_of(candidate)
-    return (float("inf") if value is None else -value, candidate.number)
+def _rank(candidate: Candidate, section: StudySection) -> tuple[float, int]:
+    value = -_mean(section, candidate.scores) if candidate.scores else float("inf")
+    return (value, candidate.number)
+
+
+def _mean(section: StudySection, scores: Mapping[str, Any]) -> float:
+    """Of the objectives."""
+    values = values_of(section, scores)
+    return math.fsum(values) / len(values)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """`top`: the best on dev, best first; `rivals`: parents and average. `val`, `test`: what came of them
-    there, by number. `verdict`: None where no parent could be scored. `failed`: reasons by number."""
+    there, by number. `verdict`: None where no parent could be scored. `failed`: reasons by number. `winners`:
+    how many different ones test has been looked at for, this one included.
+
+    Of several objectives `top` is the front, and the winner has the best mean of them on val. `kin`: what is
+    told of the ancestors that models of a candidate share, by number. `saved`: documents that those were not
+    asked that were given up, by number.
+    """
 
     winner: Candidate
     top: tuple[Candidate, ...]
@@ -165,6 +305,10 @@ class Outcome:
     test: Mapping[int, Mapping[str, Any]]
     verdict: Verdict | None
     failed: Mapping[int, str]
+    winners: int = 1
+    section: StudySection = field(default_factory=StudySection)
+    kin: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    saved: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def average_is_as_good(self) -> bool:
@@ -180,7 +324,9 @@ class Outcome:
             "top": [self._told(candidate) for candidate in self.top],
             "rivals": [self._told(candidate) for candidate in self.rivals],
             "failed": {str(number): reason for number, reason in self.failed.items()},
+            "saved": {str(number): count for number, count in self.saved.items()},
             "average_is_as_good": self.average_is_as_good,
+            "winners_tested": self.winners,
             "verdict": asdict(verdict) | {"words": verdict.words} if verdict else None,
         }
 
@@ -195,8 +341,22 @@ class Outcome:
             "number": number,
             "origin": candidate.origin,
             "recipe": candidate.recipe,
-            **{name: _figures(scores) for name, scores in splits.items() if scores},
+            **({"kin": list(kin)} if (kin := self.kin.get(number)) else {}),
+            **{name: self._figures(scores) for name, scores in splits.items() if scores},
         }
+
+    def _figures(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        shares = {key: scores[key] for key in ("truncated", "empty", "alike")}
+        figures = {"mean": scores["mean"], "stderr": errors_of(scores), **shares}
+        objectives = self.objectives(scores)
+        return figures | ({"objectives": objectives} if objectives else {})
+
+    def objectives(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        """What a candidate reaches in each; {} where there are none, or the split has other tasks."""
+        objectives = objectives_of(self.section)
+        if any(task not in scores["tasks"] for tasks in objectives.values() for task in tasks):
+            return {}
+        return dict(zip(objectives, values_of(self.section, scores), strict=bool(objectives)))
 
     def save(self, folder: Path) -> None:
         """Writes outcome.json and recipes/candidate-N.yaml of the best; raises WriteError."""
@@ -204,18 +364,13 @@ class Outcome:
         with writing(folder):
             place.mkdir(parents=True, exist_ok=True)
             for former in place.glob("candidate-*.yaml"):
-                former.unlink()
+                former.unlink(missing_ok=True)  # two runs of one study may save the same
             for candidate in self.top:
                 text = yaml.safe_dump(dict(candidate.recipe), sort_keys=False, allow_unicode=True)
                 file = place / f"candidate-{candidate.number}.yaml"
                 file.write_text(text, encoding="utf-8")
             text = json.dumps(self.as_json(), indent=1, ensure_ascii=False)
             (folder / "outcome.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _figures(scores: Mapping[str, Any]) -> dict[str, float]:
-    shares = {key: scores[key] for key in ("truncated", "empty", "alike")}
-    return {"mean": scores["mean"], "stderr": errors_of(scores), **shares}
 
 
 def errors_of(scores: Mapping[str, Any]) -> float:
@@ -237,28 +392,63 @@ def open_study(
     offline: bool = False,
     changes: Mapping[str, Any] | None = None,
     sampler: str | None = None,
+    url: str | None = None,
 ) -> Iterator[Study]:
     """The study of a recipe that may vary, in `folder` alone as long as it is open; raises RequestError.
 
     folder: keeps its database, and is made once the recipe is known to be right. changes: to its `study`
-    section. sampler: where that names none; None: one that suits what varies.
+    section. sampler: where that names none; None: one that suits what varies. url: of a database that runs on
+    this machine and others share, in the place of the folder's.
     """
-    space, section = read_space(file, changes or {}, sampler)
+    here = f"sqlite:///{folder.absolute() / DATABASE}"
+    setup = Setup(
+        file, changes or {}, sampler, memory, threads, offline, url or here, url is not None, Path.cwd()
+    )  # fmt: skip
+    prepared = _prepared(setup)
+    with nullcontext() if url else _alone(folder):
+        yield _entered(setup, *prepared)
+
+
+def joined(setup: Setup) -> Study:
+    """The same study, opened by one of its workers; raises RequestError where it is another one here."""
+    return _entered(setup, *_prepared(setup))
+
+
+def _prepared(setup: Setup) -> tuple[Space, StudySection, Scorer]:
+    """Everything that can be wrong with a search is found here; nothing is written."""
+    space, section = read_space(setup.file, setup.changes, setup.sampler, offline=setup.offline)
     _check_search_installed()
-    scorer = Scorer(file, section, memory, threads, offline)
-    _check_plans(space, scorer)
+    scorer = Scorer(setup.file, section, setup.memory, setup.threads, setup.offline)
+    _check_objectives(section, scorer, space.lines)
+    _check_plans(space, scorer, setup.memory, setup.threads)
+    return space, section, scorer
+
+
+def _entered(setup: Setup, space: Space, section: StudySection, scorer: Scorer) -> Study:
+    """The study with its ledger; raises RequestError where that is of another search, or of other parents."""
     kept = section.model_dump(mode="json", exclude=LONGER)
     documents = {name: panel.digest for name, panel in scorer.panels.items()}
     facts = {"recipe": space.data, "study": kept, "documents": documents}
     digest = hashlib.sha256(canonical(facts).encode()).hexdigest()
-    with _alone(folder):
-        begun = facts | {"begun_with": _versions()}
-        ledger = Ledger.open(f"sqlite:///{folder / DATABASE}", NAME, digest, begun)
-        yield Study(file, space, section, ledger, scorer)
+    name = f"{setup.file.stem[:100]}-{digest[:12]}" if setup.shared else NAME
+    ledger = Ledger.open(setup.url, name, digest, facts | {"begun_with": _versions()})
+    models = _parents(space, scorer)
+    if "parents" not in ledger.facts():
+        ledger.remember(parents_facts(models))
+    check_parents(models, ledger.facts(), f"study {name!r}")
+    return Study(setup, space, section, ledger, scorer)
+
+
+def _parents(space: Space, scorer: Scorer) -> dict[str, Model]:
+    """The models that are merged, by label; one that cannot be opened will fail as a candidate."""
+    for label in parents_of(space.data):
+        with suppress(RequestError):
+            scorer.plan({"model": label})
+    return dict(scorer.opened)
 
 
 def read_space(
-    file: Path, changes: Mapping[str, Any], sampler: str | None
+    file: Path, changes: Mapping[str, Any], sampler: str | None, *, offline: bool = False
 ) -> tuple[Space, StudySection]:
     """What of a recipe varies, and its `study` section with these changes; raises RequestError."""
     try:
@@ -269,6 +459,10 @@ def read_space(
     (data, lines), *more = load_documents(text, str(file))
     if more:
         raise RequestError(f"{file}: has several documents; a search is one")
+    if "preset" in data:
+        data = expanded(data, lines)
+    if "genome" in data:
+        data = converted(data, lines, partial(layers_of, beside=file.parent, offline=offline))
     given = data.pop("study", None)
     if given is not None and not isinstance(given, dict):
         raise lines.error(("study",), "study must be a table of keys")
@@ -278,38 +472,36 @@ def read_space(
         raise lines.error((), what)
     space = Space(data, lines)
     dimensions = {dimension.name: dimension for dimension in space.dimensions()}
-    for i, values in enumerate(section.start):
-        _check_start(values, dimensions, lines, i)
-    chosen = section.sampler or sampler or sampler_for(space)
+    section = with_recipes(section, file, lines)
+    check_starts(section, dimensions, lines)
+    several = len(section.objectives)
+    chosen = section.sampler or sampler or sampler_for(space, several)
+    if several > 1 and section.prune:
+        what = "prune and several objectives are both given; worse in one may be better in another"
+        raise lines.error(("study", "prune"), what)
+    if several > 1 and chosen not in OF_SEVERAL:
+        what = f"sampler is {chosen}, which knows one objective; with several it must be one of"
+        raise lines.error(("study", "sampler"), f"{what} {', '.join(OF_SEVERAL)}")
     return space, section.model_copy(update={"sampler": chosen})
 
 
-def _check_start(
-    values: Mapping[str, float], dimensions: Mapping[str, Dimension], lines: Lines, i: int
-) -> None:
-    for name, value in values.items():
-        at = ("study", "start", i, name)
-        if name not in dimensions:
-            raise lines.error(
-                at, f"start: nothing is called {name!r}; there is {', '.join(dimensions)}"
-            )
-        low, high = _ends(dimensions[name])
-        if not low <= value <= high:
-            raise lines.error(at, f"start: {name} is {value}; it must be from {low} to {high}")
+def _check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> None:
+    known = list(scorer.panels["dev"].metrics)
+    for i, task in unknown_tasks(section, known):
+        what = f"the suite has no task {task!r} that is searched on{nearest(task, known)}"
+        allowed = f"there are {', '.join(known)}"
+        raise lines.error(("study", "objectives", i), f"objectives: {what}; {allowed}")
 
 
-def _ends(dimension: Dimension) -> tuple[float, float]:
-    if isinstance(dimension, Choice):
-        return 0, dimension.count - 1
-    return dimension.low, dimension.high
-
-
-def _check_plans(space: Space, scorer: Scorer) -> None:
+def _check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) -> None:
     """Raises what is wrong with all candidates: with the lowest values of everything and with the highest."""
+    for _, recipe in start_recipes(scorer.section):
+        scorer.plan(recipe)
     first: RequestError | None = None
     for end in (0, 1):
         try:
-            scorer.plan(space.filled(lambda dimension, end=end: _ends(dimension)[end]))  # type: ignore[misc]
+            recipe = space.filled(lambda dimension, end=end: ends(dimension)[end])  # type: ignore[misc]
+            budget_of(scorer.plan(recipe), memory, threads)
             return
         except RequestError as error:
             first = first or error

@@ -12,8 +12,8 @@ import yaml
 from ran import Ran
 from tiny_suite import tiny_suite
 
-from merge.lines import load_documents
-from merge.search.space import Choice, Space
+from merge.search.space import Choice
+from merge.search.study import read_space
 from merge.shipped import shipped
 
 ROOT = Path(__file__).parents[2]
@@ -49,9 +49,7 @@ def test_a_shipped_search_says_how_it_is_run_and_its_candidates_can_be_planned(
 ) -> None:
     text = recipe.read_text(encoding="utf-8")
     assert f"#     mergetool {recipe.stem.split('-')[0]} {recipe.stem} --trials " in text
-    ((data, lines),) = load_documents(text, str(recipe))
-    del data["study"]
-    space = Space(data, lines)
+    space, _ = read_space(recipe, {}, None)
     (variants,) = [d.count for d in space.dimensions() if d.name == "variants"] or [1]
     for number in range(variants):
         filled = space.filled(
@@ -108,9 +106,28 @@ def test_json_is_one_document_and_the_best_is_written(sweep: Path, command: Comm
     assert [rival["origin"] for rival in told["rivals"]][-1] == "average"
     assert 0 <= told["verdict"]["p"] <= 1
     folder = f"study/models/candidate-{best['number']}"
+    card = Path(folder, "README.md").read_text()
+    assert f"Candidate {best['number']} of a search (random, seed 17)" in card
+    figures = (100 * best["dev"][key] for key in ("mean", "stderr"))
+    assert "| dev, which was searched on | {:.1f} ± {:.1f} |".format(*figures) in card
     assert command("verify", folder).code == 0
     again = command(*arguments)
     assert json.loads(again.out) == told, "the same command finds all there"
+
+
+def test_a_candidate_whose_models_share_an_ancestor_is_told(sweep: Path, command: Command) -> None:
+    for name, others in {"x": ["reverser", "sorter"], "y": ["sorter", "scribe"]}.items():
+        models = [{"model": f"zoo:{other}"} for other in others]
+        recipe = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        assert command("run", f"{name}.yaml", "-o", name).code == 0
+    study = yaml.safe_load(sweep.read_text())["study"] | {"trials": 1}
+    data = {"preset": "automerger", "models": ["./x", "./y"], "study": study}
+    Path("auto.yaml").write_text(yaml.safe_dump(data))
+    ran = command("sweep", "auto.yaml", "-o", "study", "--write", 1)
+    assert (ran.code, "both come from zoo:sorter" in ran.err) == (0, True)
+    (card,) = Path("study").glob("models/*/README.md")
+    assert "both come from zoo:sorter" in card.read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from merge.errors import RequestError
-from merge.search.ledger import DONE, FAILED, RUNNING, WAITING, Candidate, Ledger, told
+from merge.search.ledger import DONE, FAILED, LOST, RUNNING, WAITING, Candidate, Ledger, told
 
 
 def ledger_in(folder: Path, digest: str = "d") -> Ledger:
@@ -67,7 +67,7 @@ def test_a_worker_without_a_sign_of_life_loses_its_candidate(
     monkeypatch.setattr("merge.search.ledger.STALE", -1.0)
     assert ledger.take("other")
     assert ledger.all()[0].state == RUNNING
-    assert not ledger.beat(0, "slow")
+    assert not ledger.end(0, "slow", DONE, scores={"mean": 1.0})
 
 
 def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
@@ -76,3 +76,74 @@ def test_another_search_of_the_same_name_is_refused(tmp_path: Path) -> None:
         ledger_in(tmp_path, digest="other")
     with pytest.raises(RequestError, match="has no study 'none'; there is study"):
         Ledger.existing(f"sqlite:///{tmp_path}/study.db", "none")
+
+
+def test_a_candidate_that_kills_its_workers_fails(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    entered(ledger, 2)
+    for number in range(LOST):
+        found = ledger.take(f"worker {number}")
+        assert found is not None
+        assert found.number == 0
+        ledger.release(f"worker {number}", died=True)
+    first, second = ledger.all()
+    assert (first.state, first.reason) == (FAILED, f"{LOST} workers died while they tried it")
+    assert (first.ended, second.state) == (0, WAITING)
+
+
+def test_what_is_cut_off_is_no_fault_of_the_candidate(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    entered(ledger, 1)
+    for name in [None, "worker"] * LOST:
+        assert ledger.take("worker")
+        assert ledger.workers() == {"worker"}
+        ledger.release(name)
+    assert ledger.workers() == set()
+    assert ledger.all()[0].state == WAITING
+
+
+def test_each_split_is_looked_at_once_for_a_candidate(tmp_path: Path) -> None:
+    ledger = ledger_in(tmp_path)
+    assert ledger.begin_look(3, "val", "a")
+    assert not ledger.begin_look(3, "val", "b")
+    assert ledger.begin_look(3, "test", "b")
+    assert ledger.looks("val") == {}
+    ledger.end_look(3, "val", "a", {"mean": 0.5, "answers": {"task": ["long"]}})
+    assert ledger.looks("val") == {3: {"mean": 0.5}}
+    ledger.release("b")
+    assert ledger.begin_look(3, "test", "c"), "b was lost before it had looked"
+    assert not ledger.begin_look(3, "val", "c")
+
+
+def test_one_is_alone_at_a_time(tmp_path: Path) -> None:
+    ledger_in(tmp_path)
+    inside: list[int] = []
+
+    def enter(_: int) -> None:
+        with ledger_in(tmp_path).alone() as ledger:
+            inside.append(1)
+            number = len(ledger.all())
+            ledger.add(Candidate(number, f"digest {number}", "search", {}, {}), "worker")
+            assert inside == [1]
+            inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(enter, range(24)))
+    assert [c.number for c in ledger_in(tmp_path).all()] == list(range(24))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:secret@127.0.0.1:1/db",
+        "postgresql+psycopg://me@127.0.0.1:1/db?password=secret",
+        "mysql://me:secret@127.0.0.1/db",
+        "sqlite://",
+        "secret",
+    ],
+)
+def test_a_database_that_cannot_be_used_is_one_line_without_its_password(url: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Ledger.open(url, "study", "d", {})
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)

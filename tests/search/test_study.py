@@ -1,11 +1,13 @@
 """A search tries what it was asked to, whatever happens to it, and what it tells of a candidate is true."""
 
 import os
+import re
 import shutil
 import signal
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_search import BASELINES, SPECIALISTS, facts, searched, written
 from tiny_suite import tiny_suite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,12 +26,12 @@ from merge.recipe import parse_recipe
 from merge.score import lm_of
 from merge.search.ledger import DONE, FAILED, Candidate
 from merge.search.live import LiveModel, Shells
+from merge.search.panel import Panel
 from merge.search.study import Outcome, Study, open_study
 from merge.shipped import shipped
 
 ZOO = shipped("evals/zoo")
-SPECIALISTS = ("zoo:reverser", "zoo:sorter")
-BASELINES = 3  # two parents and their average
+CONFLICT = ["quickstart_search_reverse", "quickstart_search_sort"]
 
 
 @pytest.fixture(scope="module")
@@ -42,35 +45,6 @@ def one_thread() -> Any:
     torch.set_num_threads(1)  # a process that is forked from one with others waits for them
     yield
     torch.set_num_threads(before)
-
-
-def written(folder: Path, suite: Path, trials: int = 4, **recipe: Any) -> Path:
-    """A search over the weights of two task vectors, or over what is given."""
-    weights = {"weight": {"search": [0.2, 1.5]}}
-    plain = {
-        "base_model": "zoo:base",
-        "merge_method": "ties",
-        "models": [{"model": model, "parameters": weights} for model in SPECIALISTS],
-        "parameters": {"density": {"search": [0.1, 0.9]}},
-    }
-    study = {"suite": str(suite), "trials": trials, "seed": 5, "limit": 4, "top": 2}
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "search.yaml"
-    file.write_text(yaml.safe_dump((recipe or plain) | {"study": study}, sort_keys=False))
-    return file
-
-
-def searched(
-    file: Path, folder: Path, tell: Callable[[Candidate, Study], None] = lambda c, s: None
-) -> tuple[list[Candidate], Outcome]:
-    with open_study(file, folder) as study:
-        outcome = study.run(tell)
-        return study.ledger.all(), outcome
-
-
-def facts(candidates: list[Candidate]) -> list[tuple[Any, ...]]:
-    """What must be the same whenever a search was cut off; not the seconds."""
-    return [(c.number, c.origin, c.recipe, c.asked, c.state, c.ended, c.scores) for c in candidates]
 
 
 # -- going on ----------------------------------------------------------------------------------------
@@ -117,9 +91,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, suite: Path) -> tuple[list[C
     return searched(written(folder, suite), folder / "study")
 
 
-@pytest.mark.parametrize(
-    ("cuts", "between"), [([0, 2], False), ([1, 3, 4], True), ([5, 6], False), ([6], True)]
-)
+@pytest.mark.parametrize(("cuts", "between"), [([1, 3, 4, 6], True), ([0, 5], False)])
 def test_a_search_that_was_killed_comes_to_the_same_end(
     tmp_path: Path,
     suite: Path,
@@ -156,7 +128,59 @@ def test_a_longer_search_goes_on_from_a_shorter_one(
     assert facts(shorter) == facts(whole[0][: BASELINES + 2])
     longer, outcome = searched(written(tmp_path, suite, trials=4), tmp_path / "study")
     assert facts(longer) == facts(whole[0])
-    assert outcome.as_json() == whole[1].as_json()
+    assert replace(outcome, winners=1).as_json() == whole[1].as_json()
+
+
+def test_test_is_looked_at_once_for_each_winner_and_told_how_often(
+    tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    marks = Panel.marks
+
+    def noted(panel: Panel, lm: Any) -> Any:
+        looked.append(panel.split.name)
+        return marks(panel, lm)
+
+    monkeypatch.setattr(Panel, "marks", noted)
+    better = {"parameters": {"weight": {"choice": [0.0, 0.5]}}}
+    models = [{"model": model, **better} for model in SPECIALISTS]
+    space = {"base_model": "zoo:base", "merge_method": "task_arithmetic", "models": models}
+    winners = set()
+    for trials, new in ((1, BASELINES + 1), (4, 3), (4, 0)):
+        looked.clear()
+        file = written(tmp_path, suite, trials, **space)
+        file.write_text(file.read_text().replace("seed: 5", "sampler: grid"))
+        _, outcome = searched(file, tmp_path / "study")
+        first = outcome.winner.number not in winners
+        winners.add(outcome.winner.number)
+        assert looked.count("dev") == new
+        assert looked.count("test") == (BASELINES if trials == 1 else 0) + first
+        assert outcome.winners == outcome.as_json()["winners_tested"] == len(winners)
+    assert len(winners) == 2
+    assert looked == []
+
+
+def test_parents_that_are_others_now_are_refused(tmp_path: Path, suite: Path) -> None:
+    """Their bytes count, not when they were written."""
+    parent = _copy("sorter", tmp_path / "parent")
+    models = [{"model": str(parent), "parameters": {"weight": {"search": [0.1, 0.9]}}}]
+    models.append({"model": "zoo:reverser"})
+    study = {"merge_method": "linear", "parameters": {"weight": 1.0}, "models": models}
+    before, _ = searched(written(tmp_path, suite, 1, **study), tmp_path / "study")
+    (weights,) = parent.glob("*.safetensors")
+    os.utime(weights, ns=(0, 0))
+    file = written(tmp_path, suite, 2, **study)
+    longer, _ = searched(file, tmp_path / "study")
+    assert longer[: len(before)] == before
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    told = f"{parent}: its files are not those that study 'study' was begun with"
+    with pytest.raises(RequestError, match=re.escape(told)), open_study(file, tmp_path / "study"):
+        pass
+    shutil.rmtree(parent)
+    with pytest.raises(RequestError), open_study(file, tmp_path / "study"):
+        pass
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, suite: Path) -> None:
@@ -224,6 +248,35 @@ def test_a_candidate_answers_as_its_recipe_does_when_it_is_run(
             marks = study.scorer.panels["dev"].marks(_loaded(folder))
             assert marks.as_json()["answers"] == study.ledger.answers(candidate.number)
             assert marks.as_json()["values"] == candidate.scores["values"]  # type: ignore[index]
+
+
+PATHS: dict[str, dict[str, Any]] = {
+    "layers of two models": {"models": list(SPECIALISTS), "layers": 4, "repeats": 2},
+    "any at each place": {"models": list(SPECIALISTS), "layers": 4, "places": 5},
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_through_layers_answers_as_its_recipe_does_when_it_is_run(
+    tmp_path: Path, suite: Path, name: str
+) -> None:
+    """Live models of different depth one after another."""
+    space = {"merge_method": "passthrough", "slices": {"path": PATHS[name]}}
+    with open_study(written(tmp_path, suite, trials=4, **space), tmp_path / "study") as study:
+        study.run()
+        tried = [c for c in study.ledger.all() if c.origin == "search"]
+        depths = set()
+        for candidate in tried:
+            recipe = tmp_path / f"{candidate.number}.yaml"
+            recipe.write_text(yaml.safe_dump(candidate.recipe))
+            folder = run_recipe(recipe, tmp_path / f"model-{candidate.number}").folder
+            loaded = _loaded(folder)
+            depths.add(loaded.model.config.num_hidden_layers)
+            spans = [s["sources"][0]["layer_range"] for s in candidate.recipe["slices"]]
+            assert loaded.model.config.num_hidden_layers == sum(end - a for a, end in spans)
+            marks = study.scorer.panels["dev"].marks(loaded)
+            assert marks.as_json()["answers"] == study.ledger.answers(candidate.number)
+        assert len(depths) > 1
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -300,6 +353,52 @@ def _loaded(folder: Path) -> Any:
     return lm_of(model, AutoTokenizer.from_pretrained(folder), 150)
 
 
+# -- several objectives ------------------------------------------------------------------------------
+
+
+def conflicting(folder: Path, suite: Path, trials: int, **study: Any) -> Path:
+    """A search over what of two specialists is taken, for two skills at once."""
+    models = [{"model": m, "parameters": {"weight": {"search": [0.0, 1.0]}}} for m in SPECIALISTS]
+    file = written(folder, suite, trials, merge_method="linear", models=models)
+    data = yaml.safe_load(file.read_text())
+    data["study"] |= {"objectives": CONFLICT, "population": 4, **study}
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    return file
+
+
+def test_of_several_objectives_the_outcome_is_what_nothing_beats(
+    tmp_path: Path, suite: Path
+) -> None:
+    file = conflicting(tmp_path, suite, 9)
+    candidates, outcome = searched(file, tmp_path / "study")
+    values = {
+        c.number: [c.scores["tasks"][t] for t in CONFLICT]
+        for c in candidates
+        if c.scores and c.origin == "search"
+    }
+    every = [[c.scores["tasks"][t] for t in CONFLICT] for c in candidates if c.scores]
+    front = {
+        number
+        for number, own in values.items()
+        if not any(
+            all(a >= b for a, b in zip(other, own, strict=True)) and other != own for other in every
+        )
+    }
+    assert {c.number for c in outcome.top} == front or not front
+    means = {n: sum(outcome.val[n]["tasks"][t] for t in CONFLICT) for n in front}
+    assert not front or means[outcome.winner.number] == max(means.values())
+    assert outcome.as_json()["winner"]["dev"]["objectives"].keys() == set(CONFLICT)
+    outcome.save(tmp_path / "study")
+    files = {file.stem for file in (tmp_path / "study" / "recipes").iterdir()}
+    assert files == {f"candidate-{c.number}" for c in outcome.top}
+    again, same = searched(conflicting(tmp_path / "cut", suite, 5), tmp_path / "cut" / "study")
+    assert facts(again) == facts(candidates)[: len(again)]
+    longer, same = searched(conflicting(tmp_path / "cut", suite, 9), tmp_path / "cut" / "study")
+    assert facts(longer) == facts(candidates)
+    once = {"winners_tested": 1}  # the shorter search had a winner of its own
+    assert same.as_json() | once == outcome.as_json()
+
+
 # -- what fails --------------------------------------------------------------------------------------
 
 
@@ -371,6 +470,11 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"study": {"start": [{"weight": 1.0}]}}, "nothing is called 'weight'"),
         ({"study": {"start": [{"parameters.density": 2.0}]}}, "must be from 0.1 to 0.9"),
         ({"parameters": {}, "models": [{"model": "zoo:sorter"}]}, "nothing in it may vary"),
+        ({"study": {"objectives": ["quickstart_search_revers"]}}, "no task .* .did you mean"),
+        (
+            {"study": {"objectives": CONFLICT, "sampler": "cma-es"}},
+            r"sampler is cma-es, .* one of nsga-ii",
+        ),
     ],
 )
 def test_what_is_wrong_with_every_candidate_is_told_before_anything_is_written(

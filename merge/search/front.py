@@ -1,0 +1,65 @@
+"""Several objectives: what a candidate reaches in each, and which candidates no other one beats in all."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.search.sections import ObjectiveSection, StudySection
+
+if TYPE_CHECKING:
+    from merge.search.ledger import Candidate
+
+MEAN = "mean"  # over all tasks: what a study without objectives maximises
+
+
+def objectives_of(section: StudySection) -> dict[str, list[str]]:
+    """The tasks of each objective by its name, in the order of the study; {} where the mean over all tasks
+    is the only one."""
+    return {each.name: list(each.tasks) for each in map(_objective, section.objectives)}
+
+
+def values_of(section: StudySection, scores: Mapping[str, Any]) -> tuple[float, ...]:
+    """What a candidate with these scores reaches in each objective, larger is better: the mean of its tasks
+    by their weights; (mean over all tasks,) where the study has no objectives."""
+    if not section.objectives:
+        return (float(scores[MEAN]),)
+    return tuple(_mean(each.tasks, scores["tasks"]) for each in map(_objective, section.objectives))
+
+
+def non_dominated(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[candidates, objectives], larger is better -> [candidates] bool: whether no other candidate is at
+    least as good in all objectives and better in one. Of equal ones all are."""
+    at_least = (values[:, None] >= values[None, :]).all(axis=2)  # [i, j]: i is as good as j
+    better = (values[:, None] > values[None, :]).any(axis=2)
+    return np.logical_not((at_least & better).any(axis=0))
+
+
+def front_of(candidates: Sequence["Candidate"], section: StudySection) -> list["Candidate"]:
+    """Those of candidates with scores that no other one of them beats in all objectives of the study."""
+    scored = [candidate for candidate in candidates if candidate.scores]
+    if not scored:
+        return []
+    values = np.array([values_of(section, c.scores) for c in scored if c.scores], np.float64)
+    return [c for c, best in zip(scored, non_dominated(values), strict=True) if best]
+
+
+def _objective(given: str | ObjectiveSection) -> ObjectiveSection:
+    return ObjectiveSection(name=given, tasks={given: 1.0}) if isinstance(given, str) else given
+
+
+def _mean(weights: Mapping[str, float], tasks: Mapping[str, float]) -> float:
+    total = math.fsum(weights.values())
+    return math.fsum(weight * tasks[task] for task, weight in weights.items()) / total
+
+
+def unknown_tasks(section: StudySection, known: Sequence[str]) -> list[tuple[int, str]]:
+    """(number of an objective, task of it) for every task that is not among `known`."""
+    return [
+        (i, task)
+        for i, each in enumerate(map(_objective, section.objectives))
+        for task in each.tasks
+        if task not in known
+    ]

@@ -1,0 +1,91 @@
+"""What a search begins with beside parents and their average: values of what varies, or whole recipes."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from merge.errors import RequestError
+from merge.lines import Lines, load_documents
+from merge.search.sections import StudySection
+from merge.search.space import Choice, Dimension, varying
+
+START = "start"  # the origin of a candidate whose recipe was given, with its number from 1
+OF_NO_RECIPE = ("study", "adapter", "score", "output")  # keys that a recipe loses when it is tried
+
+
+def is_searched(origin: str) -> bool:
+    """Whether a candidate of that origin may win and counts as tried: it is no parent and no average."""
+    return origin == "search" or origin.startswith(f"{START} ")
+
+
+def with_recipes(section: StudySection, file: Path, lines: Lines) -> StudySection:
+    """The section with the recipes of the files that it names in their places; raises RequestError."""
+    found = [
+        _recipe_in(entry, file, lines, i) if isinstance(entry, str) else entry
+        for i, entry in enumerate(section.start)
+    ]
+    return section.model_copy(update={"start": found})
+
+
+def start_values(section: StudySection) -> list[dict[str, float]]:
+    """Values by dimension, of each start that is no recipe."""
+    return [entry for entry in section.start if isinstance(entry, dict) and not _is_recipe(entry)]
+
+
+def start_recipes(section: StudySection) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, recipe) of each start that is one."""
+    for i, entry in enumerate(section.start):
+        if isinstance(entry, dict) and _is_recipe(entry):
+            yield f"{START} {i + 1}", {k: v for k, v in entry.items() if k not in OF_NO_RECIPE}
+
+
+def check_starts(section: StudySection, dimensions: Mapping[str, Dimension], lines: Lines) -> None:
+    """Raises RecipeError where a value is of nothing that varies, or out of its range, or a recipe varies."""
+    for i, entry in enumerate(section.start):
+        if isinstance(entry, dict) and not _is_recipe(entry):
+            _check_values(entry, dimensions, lines, i)
+        elif (inside := varying(entry)) is not None:
+            at = ".".join(map(str, inside))
+            what = f"start: {at} may vary; what a search begins with is a plain recipe"
+            raise lines.error(("study", "start", i), what)
+
+
+def ends(dimension: Dimension) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    if isinstance(dimension, Choice):
+        return 0, dimension.count - 1
+    return dimension.low, dimension.high
+
+
+def _is_recipe(entry: Mapping[str, Any]) -> bool:
+    """Whether a table is a recipe; values by dimension are numbers and nothing else."""
+    numbers = (isinstance(v, int | float) and not isinstance(v, bool) for v in entry.values())
+    return not all(numbers)
+
+
+def _recipe_in(name: str, file: Path, lines: Lines, i: int) -> dict[str, Any]:
+    places = (Path(name), file.parent / name)
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise lines.error(("study", "start", i), f"start: no file {name!r} with a recipe")
+    try:
+        documents = load_documents(found.read_text(encoding="utf-8"), str(found))
+    except (OSError, UnicodeDecodeError):
+        raise RequestError(f"{found}: cannot be read as text") from None
+    if len(documents) > 1:
+        raise RequestError(f"{found}: has several documents; a candidate is one")
+    return documents[0][0]
+
+
+def _check_values(
+    values: Mapping[str, float], dimensions: Mapping[str, Dimension], lines: Lines, i: int
+) -> None:
+    for name, value in values.items():
+        at = ("study", "start", i, name)
+        if name not in dimensions:
+            raise lines.error(
+                at, f"start: nothing is called {name!r}; there is {', '.join(dimensions)}"
+            )
+        low, high = ends(dimensions[name])
+        if not low <= value <= high:
+            raise lines.error(at, f"start: {name} is {value}; it must be from {low} to {high}")

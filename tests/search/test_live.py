@@ -1,0 +1,47 @@
+"""What a terminal shows of a search while it runs, and that nothing of it stays."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from tiny_suite import tiny_suite
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What the command writes where it runs on a terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "merge.cli", *arguments]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    told = b""
+    try:
+        while piece := os.read(ours, 1 << 16):
+            told += piece
+    except OSError:  # how a terminal ends whose other side has gone
+        pass
+    assert process.wait() == 0, told
+    os.close(ours)
+    return told.decode()
+
+
+def test_the_line_tells_best_rate_and_time_left_and_is_gone_in_the_end(tmp_path: Path) -> None:
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": "zoo:reverser", "parameters": {"weight": {"search": [0.1, 1.0]}}},
+            {"model": "zoo:sorter", "parameters": {"weight": 0.5}},
+        ],
+        "study": {"suite": str(tiny_suite(tmp_path / "suite")), "trials": 2, "limit": 3},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    told = on_a_terminal("sweep", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "out"))
+    pattern = r"candidate (\d): best (-|[\d.]+), baselines [\d.]+, \d+ a minute, [\d.]+ min left"
+    lines = [found for part in told.split("\r") if (found := re.match(pattern, part))]
+    assert [found[1] for found in lines] == ["0", "1", "2", "3", "4"]
+    assert [found[2] == "-" for found in lines] == [True, True, True, False, False]
+    after = told[told.rindex("min left") :]
+    assert re.search(r"\r {78}\rcandidate +dev", after)
