@@ -1,0 +1,325 @@
+"""The page and the files of a report on a search."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from merge.report.charts import charts
+from merge.report.files import Report, csv_text
+from merge.report.importance import FEW, Importance, importance_of
+from merge.report.page import Cell, Html, details, figure, joined, page, paragraph, section, table
+from merge.report.pictures import Picture
+from merge.report.study import SPLITS, Entry, Search, label_of, short_names
+from merge.search.starts import is_searched
+
+MOST_LISTED = 1000  # candidates in the page's table; candidates.csv has all
+
+
+def report_on(search: Search) -> Report:
+    """What a study's folder of a report holds."""
+    importance = importance_of(search)
+    pictures = charts(search, importance)
+    told = {"kind": "study", **search.as_json(), "importance": vars(importance)}
+    return Report(
+        _page(search, importance, {picture.name: picture for picture in pictures}),
+        tuple(pictures),
+        {"candidates.csv": csv_text(*_all_columns(search))},
+        told,
+    )
+
+
+def _page(search: Search, importance: Importance, pictures: Mapping[str, Picture]) -> str:
+    found = [
+        ("beside", "Leaderboard", _leaderboard(search, pictures)),
+        ("progress", "Progress", _pictured(pictures, "progress", "Progress")),
+        ("front", "Pareto front", _front(search, pictures)),
+        ("importance", "Importance", _importance(search, importance, pictures)),
+        ("parallel", "Values", _pictured(pictures, "parallel", "Values and scores")),
+        ("answers", "Answers", _answers(search, pictures)),
+        ("recipes", "Recipes", _recipes(search)),
+        ("candidates", "All candidates", _candidates(search)),
+        ("failed", "Failed", _failed(search)),
+        ("how", "How it was searched", _how(search)),
+    ]
+    kept = [each for each in found if each[2]]
+    return page(f"Search {search.name}", _head(search), kept)
+
+
+def _head(search: Search) -> Html:
+    outcome = search.outcome
+    if outcome is None:
+        waiting = "No winner is told here: the best are compared on val and test in the end."
+        return joined([paragraph(search.status, "faint"), paragraph(waiting, "say")])
+    verdict = outcome.get("verdict")
+    what = verdict["words"] if verdict else "No parent could be scored, so there is no comparison."
+    parts = [
+        paragraph(search.status, "faint"),
+        paragraph(f"{what[:1].upper()}{what[1:]}.", "say"),
+    ]
+    if outcome.get("average_is_as_good"):
+        parts.append(paragraph("The plain average of its parents is as good or better on test."))
+    if (winners := outcome.get("winners_tested", 1)) > 1:
+        what = f"Test was looked at for {winners} winners of this study, one after the other; the last is a "
+        parts.append(paragraph(what + "little worse than it looks there."))
+    return joined(parts)
+
+
+def _pictured(pictures: Mapping[str, Picture], name: str, heading: str) -> Html:
+    """A section of one picture, empty where there is none."""
+    if name not in pictures:
+        return Html("")
+    return section(name, heading, figure(pictures[name]))
+
+
+# -- leaderboard -------------------------------------------------------------------------------------
+
+
+def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
+    entries = [*search.top, *search.rivals]
+    splits = [split for split in SPLITS if any(split in entry.splits for entry in entries)]
+    head = ["candidate"] + [name for split in splits for name in (split, f"± {split}")]
+    tasks = _tasks(entries)
+    rows = [
+        [_told(search, e), *_scores(e, splits), *(_points(e.tasks.get(t)) for t in tasks)]
+        for e in entries
+    ]
+    marked = [i for i, entry in enumerate(entries) if entry.number == search.winner]
+    parts = [
+        paragraph(
+            "Mean over tasks in points (100 is all right), ± one standard error; tasks on dev.",
+            "faint",
+        ),
+        table([*head, *short_names(tasks)], rows, marked=marked, label="Leaderboard"),
+        _test(search),
+    ]
+    if "comparison" in pictures:
+        parts.append(figure(pictures["comparison"]))
+    return section("beside", "Leaderboard", *parts)
+
+
+def _test(search: Search) -> Html:
+    """The paired test in full."""
+    verdict = (search.outcome or {}).get("verdict")
+    if not verdict:
+        return Html("")
+    head = ["paired test", "against", "difference", "95 % from", "to", "p", "documents"]
+    points = [100 * float(verdict[key]) for key in ("difference", "low", "high")]
+    row: list[Cell] = [
+        f"{verdict['winner']}: {verdict['test']}",
+        verdict["rival"],
+        *points,
+        f"{float(verdict['p']):.2g}",
+        int(verdict["documents"]),
+    ]
+    return table(head, [row], label="Paired test")
+
+
+def _told(search: Search, entry: Entry) -> str:
+    if not is_searched(entry.origin):
+        return entry.origin
+    return f"{entry.number}" + (" winner" if entry.number == search.winner else "")
+
+
+def _points(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _scores(entry: Entry, splits: Sequence[str]) -> list[float | None]:
+    found: list[float | None] = []
+    for split in splits:
+        figures = entry.splits.get(split)
+        found += [_points(figures.mean), _points(figures.stderr)] if figures else [None, None]
+    return found
+
+
+def _tasks(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(task for entry in entries for task in entry.tasks))
+
+
+# -- further sections ----------------------------------------------------------------------------------
+
+
+def _front(search: Search, pictures: Mapping[str, Picture]) -> Html:
+    if "front" not in pictures:
+        return Html("")
+    entries = sorted(
+        (e for e in search.entries if e.number in search.front), key=lambda e: e.objectives
+    )
+    rows = [
+        [_told(search, e), *(100 * value for value in e.objectives), *_scores(e, ["dev"])]
+        for e in entries
+    ]
+    head = ["candidate", *short_names(search.objectives), "dev", "± dev"]
+    return section(
+        "front",
+        "Pareto front",
+        figure(pictures["front"]),
+        table(head, rows, label="Candidates of the front"),
+    )
+
+
+def _importance(search: Search, importance: Importance, pictures: Mapping[str, Picture]) -> Html:
+    heading = "What the score depends on"
+    if "importance" not in pictures:
+        what = f"There are no shares: {importance.why_not}."
+        return section("importance", heading, paragraph(what, "faint"))
+    parts = [figure(pictures["importance"])]
+    counted = len(next(iter(importance.shares.values())))
+    if importance.candidates < FEW * counted:
+        what = f"{importance.candidates} candidates are few for {counted} values; another search may give "
+        parts.append(paragraph(what + "other shares.", "faint"))
+    if counted < len(search.dimensions):
+        what = (
+            f"{len(search.dimensions) - counted} values that not every candidate has are left out."
+        )
+        parts.append(paragraph(what, "faint"))
+    return section("importance", heading, *parts)
+
+
+def _answers(search: Search, pictures: Mapping[str, Picture]) -> Html:
+    entries = [*search.top, *search.rivals]
+    rows: list[list[Cell]] = []
+    for entry in entries:
+        split = next((s for s in reversed(SPLITS) if s in entry.splits), None)
+        if split is None:
+            continue
+        figures = entry.splits[split]
+        shares = (figures.truncated, figures.empty, figures.alike)
+        rows.append([_told(search, entry), split, *(100 * share for share in shares)])
+    head = ["candidate", "split", "cut off at the limit", "empty", "most frequent answer"]
+    parts = [figure(pictures["answers"])] if "answers" in pictures else []
+    told = paragraph("Per cent of the answers, on the last split that each was scored on.", "faint")
+    return section(
+        "answers", "Answers that say nothing", *parts, told, table(head, rows, label="Answers")
+    )
+
+
+def _recipes(search: Search) -> Html:
+    if not search.top:
+        return Html("")
+    shown = [details(f"Candidate {_told(search, e)}", recipe_text(e.recipe)) for e in search.top]
+    notes = [paragraph(f"Candidate {number}: {note}.") for number, note in _kin(search)]
+    told = "report.json and candidates.csv have the recipes of all candidates."
+    return section("recipes", "Recipes of the best", *shown, *notes, paragraph(told, "faint"))
+
+
+def _kin(search: Search) -> list[tuple[int, str]]:
+    """What is known of the ancestors of the best."""
+    top = (search.outcome or {}).get("top", ())
+    return [(each["number"], str(note)) for each in top for note in each.get("kin", ())]
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A candidate as `mergetool run` takes it."""
+    text: str = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _failed(search: Search) -> Html:
+    if not search.failed:
+        return Html("")
+    rows: list[list[Cell]] = [[e.number, e.origin, e.reason] for e in search.failed]
+    return section(
+        "failed",
+        "Candidates that could not be scored",
+        table(["number", "origin", "reason"], rows, label="Failed candidates"),
+    )
+
+
+def _how(search: Search) -> Html:
+    set_to = search.section.model_dump(mode="json", exclude_defaults=True)
+    facts = {"asked by": search.begun_with, **{key: str(value) for key, value in set_to.items()}}
+    space = yaml.safe_dump(search.data, sort_keys=False, allow_unicode=True)
+    return section(
+        "how",
+        "How it was searched",
+        table(["setting", "value"], list(map(list, facts.items())), label="Settings"),
+        details("The recipe that was searched", space),
+    )
+
+
+# -- all candidates ------------------------------------------------------------------------------------
+
+
+def _candidates(search: Search) -> Html:
+    head, rows = _columns(search)
+    kept = rows[:MOST_LISTED]
+    marked = [i for i, row in enumerate(kept) if row[0] == search.winner]
+    told = "A click on a column's name sorts by it."
+    if len(rows) > len(kept):
+        told += f" The first {len(kept)} of {len(rows)}; candidates.csv has all."
+    numbers = 5 + len(_tasks(search.entries)) + 3
+    digits = [1] * numbers + [4] * (len(head) - numbers)
+    return section(
+        "candidates",
+        "All candidates",
+        paragraph(told, "faint"),
+        table(head, kept, digits=digits, marked=marked, label="All candidates"),
+    )
+
+
+def _columns(search: Search) -> tuple[list[str], list[list[Cell]]]:
+    """A row for each candidate, for people."""
+    tasks = _tasks(search.entries)
+    names = {d.name: label_of(d.name, search.data) for d in search.dimensions}
+    head = [
+        "number",
+        "origin",
+        "state",
+        "dev",
+        "± dev",
+        *short_names(tasks),
+        "cut off %",
+        "empty %",
+        "alike %",
+    ]
+    rows: list[list[Cell]] = []
+    for e in search.entries:
+        dev = e.dev
+        shares = [100 * s for s in (dev.truncated, dev.empty, dev.alike)] if dev else [None] * 3
+        values = [_shown_value(search, name, e) for name in names]
+        rows.append(
+            [
+                e.number, e.origin, e.state, *_scores(e, ["dev"]),
+                *(_points(e.tasks.get(t)) for t in tasks), *shares, *values,
+            ]
+        )  # fmt: skip
+    return [*head, *names.values()], rows
+
+
+def _shown_value(search: Search, name: str, entry: Entry) -> Cell:
+    """A value of a dimension; of a choice what was chosen."""
+    if name not in entry.asked:
+        return None
+    value = entry.asked[name]
+    dimension = next(d for d in search.dimensions if d.name == name)
+    labels = getattr(dimension, "labels", None)
+    return labels[int(value)] if labels else value
+
+
+def _all_columns(search: Search) -> tuple[list[str], list[list[Cell]]]:
+    """A row for each candidate, with everything, for machines: fractions, not points."""
+    tasks = _tasks(search.entries)
+    splits = [f"{split}_{key}" for split in SPLITS for key in ("mean", "stderr")]
+    shares = ["truncated", "empty", "alike"]
+    own = list(search.objectives) if search.own else []
+    names = [d.name for d in search.dimensions]
+    head = [
+        "number", "origin", "state", "ended", "front", *splits, *(f"task {t}" for t in tasks),
+        *(f"objective {n}" for n in own), *shares, "seconds", *names, "reason", "recipe",
+    ]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for e in search.entries:
+        figures = [e.splits.get(split) for split in SPLITS]
+        scores = [v for f in figures for v in ((f.mean, f.stderr) if f else (None, None))]
+        rows.append(
+            [
+                e.number, e.origin, e.state, e.place, int(e.number in search.front), *scores,
+                *(e.tasks.get(t) for t in tasks),
+                *(e.objectives if own and e.objectives else [None] * len(own)),
+                *(getattr(e.dev, share) if e.dev else None for share in shares), e.seconds,
+                *(_shown_value(search, name, e) for name in names), e.reason, recipe_text(e.recipe),
+            ]
+        )  # fmt: skip
+    return head, rows

@@ -1,0 +1,394 @@
+"""A report of a search says what the search found, draws it, and lets nobody's text do anything."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from browser import browser, opened
+from ran import Ran
+from search.tiny_suite import tiny_suite
+from studies import ended, written
+
+from merge.report.importance import importance_of
+from merge.report.pictures import INK
+from merge.report.study import Search, label_of, read_search, short_names
+from merge.report.study_page import report_on
+from merge.search.ledger import Ledger
+from merge.search.study import NAME
+
+Command = Callable[..., Ran]
+HOSTILE = (
+    '<script>fetch("http://example.invalid/a")</script>',
+    '"><img src=http://example.invalid/b onerror=document.title=1>',
+    "$\\frac{$ & '`</title></style> \u202etxt\x07",
+)
+PICTURES = {"comparison", "progress", "front", "importance", "parallel", "answers"}
+
+
+def conflicting(a: float, b: float) -> dict[str, float]:
+    """What one task gains the other loses; weights that add up to more than 1 lose both."""
+    lost = max(0.0, a + b - 1.0)
+    return {"suite_left": round(a - lost, 4), "suite_right": round(b - lost, 4)}
+
+
+def of_one_weight(a: float, b: float) -> dict[str, float]:
+    return {"suite_one": round(a * a, 4)}
+
+
+def search_of(folder: Path, ledger: Ledger) -> Search:
+    return read_search(ledger, "study", folder)
+
+
+# -- what it says -------------------------------------------------------------------------------------
+
+
+class Told(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a search for two objectives, made by the command."""
+    from click.testing import CliRunner
+
+    from merge.cli import main
+
+    folder = tmp_path_factory.mktemp("real")
+    suite = tiny_suite(folder / "suite")
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": "zoo:reverser", "parameters": {"weight": {"search": [0.0, 1.0]}}},
+            {"model": "zoo:sorter", "parameters": {"weight": 0.5}},
+        ],
+        "parameters": {"normalize": True},
+        "study": {
+            "suite": str(suite),
+            "trials": 6,
+            "sampler": "grid",
+            "objectives": ["quickstart_search_reverse", "quickstart_search_sort"],
+        },
+    }
+    file = folder / "two.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    done = CliRunner().invoke(main, ["sweep", str(file), "--output", str(folder / "out")])
+    assert done.exit_code == 0, done.output
+    return folder / "out"
+
+
+def test_a_real_search_is_told_as_it_ended(real: Path, command: Command) -> None:
+    ran = command("report", real, "--output", "page", "--json")
+    assert ran.code == 0, ran.err
+    told, outcome = json.loads(ran.out), json.loads((real / "outcome.json").read_text())
+    assert json.loads(Path("page/report.json").read_text()) == told
+    page = Told(Path("page/index.html").read_text())
+    words = outcome["verdict"]["words"]
+    assert words[1:] in page.text
+    by_number = {each["number"]: each for each in told["candidates"]}
+    for each in (outcome["winner"], *outcome["rivals"]):
+        for split in ("dev", "val", "test"):
+            assert by_number[each["number"]][split]["mean"] == each[split]["mean"]
+            assert f"{100 * each[split]['mean']:.1f}" in page.text
+    rows = list(csv.DictReader(io.StringIO(Path("page/candidates.csv").read_text())))
+    assert [yaml.safe_load(row["recipe"]) for row in rows] == [
+        each["recipe"] for each in told["candidates"]
+    ]
+    for each in outcome["top"]:
+        kept = (real / "recipes" / f"candidate-{each['number']}.yaml").read_text()
+        assert kept.strip() in page.text
+    assert {"comparison.png", "progress.png", "front.png"} <= {
+        file.name for file in Path("page/pictures").iterdir()
+    }
+
+
+def test_where_nothing_has_ended_it_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    ledger = written(folder, of_one_weight, waiting=2)
+    search = search_of(folder, ledger)
+    report = report_on(search)
+    text = Told(report.page).text
+    assert "is running or was cut off: 24 candidates were tried" in text
+    assert "2 are open" in text
+    assert "No winner is told here" in text
+    assert search.top == search.searched[:5]
+    ended(folder, ledger)
+    assert "goes on after it had ended once" in Told(report_on(search_of(folder, ledger)).page).text
+
+
+def test_a_study_of_nothing_is_a_page_too(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    report = report_on(search_of(folder, written(folder, of_one_weight, count=0)))
+    assert "0 candidates were tried" in Told(report.page).text
+
+
+def test_the_paired_test_and_the_failed_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    ledger = written(folder, of_one_weight, reason="hub/left: tensor 'x' holds nan")
+    ended(folder, ledger, "candidate 2 is better than hub/left, the best parent, by +12.5 points")
+    text = Told(report_on(search_of(folder, ledger)).page).text
+    for said in (
+        "Candidate 2 is better than hub/left, the best parent, by +12.5 points.",
+        "McNemar's exact test", "12.5", "0.004", "400", "hub/left: tensor 'x' holds nan",
+    ):  # fmt: skip
+        assert said in text
+
+
+def test_a_damaged_outcome_is_refused(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "study"
+    written(folder, of_one_weight)
+    for text in ("[]", '{"winner": {"number": 2}}', "{"):
+        (folder / "outcome.json").write_text(text)
+        assert "outcome.json: " in command("report", folder).error
+
+
+# -- what it finds out --------------------------------------------------------------------------------
+
+
+def test_conflicting_tasks_have_a_front_that_nothing_beats(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    objectives = {"objectives": ["suite_left", "suite_right"]}
+    search = search_of(folder, written(folder, conflicting, 40, section=objectives))
+
+    def beats(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a != b and all(x >= y for x, y in zip(a, b, strict=True))
+
+    every = {e.number: e.objectives for e in search.entries}
+    best = {n for n, own in every.items() if not any(beats(o, own) for o in every.values())}
+    assert search.front == best
+    assert len(best) >= 5
+    front = next(p for p in report_on(search).pictures if p.name == "front")
+    points = len({every[number] for number in best})
+    assert f"{len(best)} candidates, at {points} different points, that no" in front.told
+    assert "beats in all of left, right" in front.told
+
+
+def test_importance_goes_to_what_the_score_depends_on(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    found = importance_of(search_of(folder, written(folder, of_one_weight, 40)))
+    (shares,) = found.shares.values()
+    assert shares["models.0.parameters.weight"] > 0.9
+    assert math.isclose(sum(shares.values()), 1.0)
+
+
+@pytest.mark.parametrize("objectives", [["suite_left", "suite_right"], []])
+def test_importance_is_of_each_objective(tmp_path: Path, objectives: list[str]) -> None:
+    folder = tmp_path / "study"
+    scoring = lambda a, b: {"suite_left": a, "suite_right": b}  # noqa: E731
+    ledger = written(folder, scoring, 40, section={"objectives": objectives})
+    shares = importance_of(search_of(folder, ledger)).shares
+    assert list(shares) == (objectives or ["mean"])
+    if objectives:
+        left, right = shares.values()
+        assert left["models.0.parameters.weight"] > 0.9
+        assert right["models.1.parameters.weight"] > 0.9
+
+
+def test_importance_of_too_few_or_equal_candidates_is_not_told(tmp_path: Path) -> None:
+    few = importance_of(search_of(tmp_path / "a", written(tmp_path / "a", of_one_weight, 3)))
+    same = lambda a, b: {"suite_one": 0.5}  # noqa: E731
+    equal = importance_of(search_of(tmp_path / "b", written(tmp_path / "b", same)))
+    assert not few.shares
+    assert "fewer" in few.why_not
+    assert not equal.shares
+    assert "same score" in equal.why_not
+
+
+def test_names_are_short_and_say_whose_they_are() -> None:
+    data = {
+        "models": [{"model": "a/b.c", "parameters": {"weight": {"search": [0, 1]}}}],
+        "parameters": {"density": {"search": [0, 1]}},
+    }
+    assert label_of("models.0.parameters.weight", data) == "a/b.c weight"
+    assert label_of("parameters.density", data) == "density"
+    assert label_of("variants.1.t.0", data) == "variants 1 t 0"
+    assert short_names(["x_y_one", "x_y_two"]) == ["one", "two"]
+    assert short_names(["x_y", "x_y_two"]) == ["y", "y_two"]
+    assert short_names(["alone_here"]) == ["alone_here"]
+
+
+# -- text of others -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A study whose models, tasks, reasons and verdict are what an enemy would write."""
+    folder = tmp_path / "hostile"
+
+    def scoring(a: float, b: float) -> dict[str, float]:
+        return {HOSTILE[0]: a, HOSTILE[2]: b}
+
+    ledger = written(folder, scoring, parents=HOSTILE[:2], reason=HOSTILE[1] * 3)
+    ended(folder, ledger, "".join(HOSTILE))
+    return folder
+
+
+def test_text_of_others_is_shown_and_nothing_else(hostile: Path, command: Command) -> None:
+    assert command("report", hostile, "--output", "page").code == 0
+    page = Told(Path("page/index.html").read_text())
+    assert page.tags.count("script") == 1
+    assert not [a for a, _ in page.attributes if a.startswith("on")]
+    assert "img" not in page.tags
+    assert HOSTILE[0] in page.text
+    assert HOSTILE[1] in page.text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", page.text)
+
+
+def test_a_spreadsheet_runs_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    ledger = written(folder, of_one_weight, reason='=HYPERLINK("http://example.invalid")')
+    rows = list(
+        csv.reader(report_on(search_of(folder, ledger)).tables["candidates.csv"].splitlines())
+    )
+    told = [cell for row in rows for cell in row]
+    assert any(cell.startswith("'=HYPERLINK") for cell in told)
+    assert not any(cell.startswith(("=", "@", "+")) for cell in told)
+
+
+def test_the_same_study_gives_the_same_bytes(tmp_path: Path, command: Command) -> None:
+    ended(tmp_path / "study", written(tmp_path / "study", conflicting))
+    kept: list[dict[str, bytes]] = []
+    for name in ("one", "two"):
+        assert command("report", tmp_path / "study", "--output", name).code == 0
+        files = sorted(file for file in Path(name).rglob("*") if file.is_file())
+        kept.append({str(file.relative_to(name)): file.read_bytes() for file in files})
+    assert kept[0] == kept[1]
+    assert {f"pictures/{name}.png" for name in PICTURES} <= kept[0].keys()
+
+
+# -- where it goes ------------------------------------------------------------------------------------
+
+
+def test_it_lies_in_the_study_and_is_renewed(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "study"
+    written(folder, of_one_weight)
+    for _ in range(2):
+        assert command("report", folder).out == f"{folder / 'report' / 'index.html'}: written\n"
+
+
+def test_it_takes_the_place_of_nothing_else(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "study"
+    written(folder, of_one_weight)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.json").write_text("{}")
+    assert "is no report; choose another --output" in command("report", folder, "-o", "mine").error
+
+
+def test_a_database_is_asked_by_the_name_of_the_study(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "study"
+    written(folder, of_one_weight)
+    url = f"sqlite:///{folder / 'study.db'}"
+    assert command("report", url).out == "out/report-study/index.html: written\n"
+    assert f"there is {NAME}" in command("report", url, "--name", "other", "-o", "b").error
+    Ledger.open(url, "another", "digest", {})
+    assert f"The database has another, {NAME}" in command("report", url, "-o", "c").error
+    assert command("report", url, "--name", NAME, "-o", "c").code == 0
+
+
+def test_a_shared_study_ends_in_the_folder_of_a_run(tmp_path: Path, command: Command) -> None:
+    folder, run = tmp_path / "database", tmp_path / "run"
+    ledger = written(folder, of_one_weight)
+    run.mkdir()
+    ended(run, ledger, "candidate 2 is better")
+    url = f"sqlite:///{folder / 'study.db'}"
+    assert command("report", run, "--study", url).code == 0
+    assert "Candidate 2 is better." in (run / "report" / "index.html").read_text()
+    assert "no such folder" in command("report", tmp_path / "none", "--study", url).error
+
+
+# -- in a browser -------------------------------------------------------------------------------------
+
+needs_browser = pytest.mark.skipif(browser() is None, reason="no browser; TEST_BROWSER names one")
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_it_and_asks_nobody(hostile: Path, command: Command, dark: bool) -> None:
+    program: Any = browser()
+    assert command("report", hostile, "--output", "page").code == 0
+    with opened(program) as page:
+        page.open(Path("page/index.html"), dark=dark)
+        assert page.said == []
+        asked = [url for url in page.requests if not url.startswith("data:")]
+        assert asked == [Path("page/index.html").absolute().as_uri()]
+        sizes = page.ask(
+            "[...document.querySelectorAll('figure svg')].map(s => s.clientWidth * s.clientHeight)"
+        )
+        assert len(sizes) == len(PICTURES)
+        assert all(size > 10_000 for size in sizes)
+        assert page.ask("document.title") == "Search hostile"
+        ink, ground = (
+            sum(map(int, re.findall(r"\d+", page.ask(script))[:3]))
+            for script in (
+                "getComputedStyle(document.querySelector('figure svg text, figure svg g')).color",
+                "getComputedStyle(document.querySelector('figure')).backgroundColor",
+            )
+        )
+        assert (ink > ground) is dark
+        wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        assert page.ask(wide)
+
+
+@needs_browser
+def test_a_click_sorts_a_table(tmp_path: Path, command: Command) -> None:
+    program: Any = browser()
+    written(tmp_path / "study", of_one_weight)
+    assert command("report", tmp_path / "study", "--output", "page").code == 0
+    heads = "[...document.querySelectorAll('#candidates th button')]"
+    column = (
+        "[...document.querySelectorAll('#candidates tbody tr')].map(r => r.children[3].textContent)"
+    )
+    with opened(program) as page:
+        page.open(Path("page/index.html"))
+        for down in (True, False):
+            page.ask(f"{heads}.find(b => b.textContent === 'dev').click()")
+            values = [float(text) for text in page.ask(column)]
+            assert len(values) == 26
+            assert all((a >= b) if down else (a <= b) for a, b in pairwise(values))
+
+
+@needs_browser
+def test_it_is_whole_without_script_and_on_a_narrow_screen(
+    tmp_path: Path, command: Command
+) -> None:
+    program: Any = browser()
+    written(tmp_path / "study", of_one_weight)
+    assert command("report", tmp_path / "study", "--output", "page").code == 0
+    with opened(program) as page:
+        page.open(Path("page/index.html"), width=400, scripts=False)
+        assert page.said == []
+        page.call("Emulation.setScriptExecutionDisabled", value=False)
+        assert page.ask("document.querySelectorAll('#candidates tbody tr').length") == 26
+        assert page.ask("document.documentElement.scrollWidth") <= 400
+
+
+def test_pictures_take_the_colour_of_the_page(tmp_path: Path) -> None:
+    written(tmp_path / "study", conflicting)
+    ledger = Ledger.existing(f"sqlite:///{tmp_path / 'study' / 'study.db'}", NAME)
+    for picture in report_on(search_of(tmp_path / "study", ledger)).pictures:
+        assert INK not in picture.svg
+        assert "currentColor" in picture.svg
+        assert "<!DOCTYPE" not in picture.svg
+        assert picture.png.startswith(b"\x89PNG")
