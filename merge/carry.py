@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from merge.ancestry import ancestry
 from merge.numerics import combined_digest
 from merge.plan import FORMAT, Operand, Plan, told_mixture
 from merge.recipe import OF_THE_LAST, OUT_DTYPES, Part, Recipe, Slice
@@ -114,7 +115,7 @@ def provenance(
     data: dict[str, Any] = {
         "format": FORMAT,
         "plan": plan.digest,
-        "versions": {"mergetool": own_version(), "numpy": np.__version__},
+        "versions": versions_of(plan),
         "recipe": resolved(plan),
         "donor": plan.models[plan.donor].public_name,
         "inputs": told_inputs(plan, _read_by_steps(plan, digests)),
@@ -132,6 +133,8 @@ def provenance(
     }
     if plan.fillings:
         data["rows_made"] = [filling.report() for filling in plan.fillings]
+    if earlier := ancestry(plan.models):
+        data["ancestry"] = earlier
     data |= plan.told
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -296,32 +299,43 @@ def _values(settings: Settings) -> dict[str, Any]:
     return out
 
 
-def model_card(plan: Plan) -> str:
-    """README.md with the hub's metadata: base models, that they were merged, and the recipe."""
+def parents_of(plan: Plan) -> list[str]:
+    """The public names of the models that are merged, the base first."""
     merged = (m for i, m in enumerate(plan.models) if i != plan.base and not m.computed)
     parents = sorted({model.public_name for model in merged}) or [plan.models[0].public_name]
     bases = [plan.models[plan.base].public_name] if plan.base is not None else []
+    return list(dict.fromkeys(bases + parents))
+
+
+def model_card(plan: Plan) -> str:
+    """README.md with the hub's metadata: base models, that they were merged, and the recipe."""
+    parents = parents_of(plan)
     meta = {
         "library_name": "transformers",
         "tags": ["mergetool", "merge"],
-        "base_model": list(dict.fromkeys(bases + parents)),
+        "base_model": parents,
         "base_model_relation": "merge",
     }
     recipe = yaml.safe_dump_all(resolved(plan), sort_keys=False, allow_unicode=True)
     method = plan.recipe.method
-    listed = "\n".join(f"- {name}" for name in meta["base_model"])
+    listed = "\n".join(f"- {name}" for name in parents)
     paper = f" ({method.paper})" if method.paper else ""
-    mixed, experts = plan.recipe.mixes, len(plan.recipe.sections.experts or ())
-    kind = f"A mixture of {experts} experts" if experts else f"A merge of {len(parents)} models"
-    title = plan.recipe.sections.name or ("A mixture of experts" if mixed and not experts else kind)
-    by = "as a mixture of experts" if mixed else f"by the method `{method.name}`{paper}"
+    count = len(parents) - (plan.base is not None)
+    title = plan.recipe.sections.name or f"A merge of {max(1, count)} models"
     return (
         f"---\n{yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {title}\n\n"
-        f"Made with mergetool {by} from\n\n{listed}\n\n"
-        f"Recipe{'' if mixed else ', with every default filled in'}:\n\n```yaml\n{recipe}```\n\n"
+        f"Made with mergetool by the method `{method.name}`{paper} from\n\n{listed}\n\n"
+        f"Recipe, with every default filled in:\n\n```yaml\n{recipe}```\n\n"
         f"Digests of all inputs and outputs are in `{PROVENANCE}`; `mergetool verify` compares them.\n"
     )
+
+
+def versions_of(plan: Plan) -> dict[str, str]:
+    """What may decide about the bits of inputs that are computed; of mixtures, what runs the base, too."""
+    found = {"mergetool": own_version(), "numpy": np.__version__}
+    libraries = ("torch", "transformers") if plan.recipe.mixes else ()
+    return found | {name: version(name) for name in libraries}
 
 
 def own_version() -> str:

@@ -11,7 +11,10 @@ import click
 
 from merge.errors import MergetoolError, RequestError
 from merge.experts.commands import routing_command, train_router_command
+from merge.judge.command import judge
 from merge.options import JSON, MEMORY, OFFLINE, OUTPUT, THREADS, TRUST, progress
+from merge.report.commands import report_command
+from merge.score.command import score
 from merge.search.commands import evolve, sweep
 from merge.tokens.codes import CODES
 
@@ -109,29 +112,31 @@ def run_command(
         "taken_up": result.taken_up,
         "plan": result.plan.digest,
         "verified": result.verified,
-        "notes": [*result.plan.notes, *result.plan.unseen],
+        "notes": [*result.plan.notes, *result.plan.unseen, *result.notes],
         "rows_made": result.rows_made,
     }
     if not as_json:
-        _say_notes(result.plan)
+        _say_notes(result.plan, *result.notes)
         click.echo(_said_result(result))
         if result.rows_made:
             click.echo(_said_rows(result.rows_made))
     if scoring is not None:
-        scores = _scored_beside_parents(result, *scoring)
+        scores = _scored_beside_parents(result, *scoring, memory)
         report["scores"] = scores.as_json()
         if not as_json:
             from merge.score import table
 
             click.echo(table(scores))
+            for note in scores.notes():
+                click.echo(f"note: {note}", err=True)
     if as_json:
         click.echo(json.dumps(report, indent=1))
 
 
-def _scoring_wanted(file: Path, wanted: bool | None) -> Any:
+def _scoring_wanted(file: Path, wanted: bool | None) -> tuple[Any, Any] | None:
     """The score section and its suite, or None; a suite that cannot run is refused before the merge."""
     from merge.recipe import load_recipe
-    from merge.score import Suite, check_installed
+    from merge.score.wanted import suite_of
     from merge.sections import ScoreSection
 
     sections = load_recipe(file).sections
@@ -144,8 +149,7 @@ def _scoring_wanted(file: Path, wanted: bool | None) -> Any:
     if sections.experts and sections.format == "peft":
         todo = "score the same experts in the routed format"
         raise RequestError(f"{file}: --score: the result is a folder of adapters; {todo}")
-    check_installed()
-    return section, Suite.named(section.suite)
+    return section, suite_of(section, file)
 
 
 def _said_result(result: Any) -> str:
@@ -172,18 +176,12 @@ def _said_rows(rows_made: "Sequence[dict[str, Any]]") -> str:
     return f"rows made: {'; '.join(told)}"
 
 
-def _scored_beside_parents(result: Any, section: Any, suite: Any) -> Any:
-    from merge.score import score_models
+def _scored_beside_parents(result: Any, section: Any, suite: Any, memory: str) -> Any:
+    from merge.score.wanted import scored_beside_parents
 
-    stored = [m for m in result.plan.models if section.parents and not m.computed]
-    for model in (m for m in stored if m.beside):
-        what = "is not scored, having no folder of its own; merge it alone and score that"
-        click.echo(f"note: {model.label}: {what}", err=True)
-    parents = [m for m in stored if not m.beside]
-    folders = [result.folder, *(m.folder for m in parents)]
-    labels = [result.folder.name, *(m.label for m in parents)]
-    with progress("score", len(folders) * len(suite.tasks)) as count:
-        return score_models(folders, suite, labels=labels, limit=section.limit, progress=count)
+    count = 1 + (len(result.plan.models) if section.parents else 0)
+    with progress("score", count * len(suite.tasks)) as counted:
+        return scored_beside_parents(result, section, suite, memory=memory, progress=counted)
 
 
 @main.command("plan")
@@ -255,9 +253,14 @@ def _say_plan(plan: "Plan", facts: dict[str, Any], place: str, memory: str) -> N
     based = any(piece.task_vectors for piece in plan.recipe.slices)
     count = sum(not model.computed for model in plan.models) - based
     models = f"{count} model{'s' * (count != 1)}{' on a base' if based else ''}"
-    experts = len(plan.recipe.sections.experts or ())
-    what = f"mixture of {experts} experts" if experts else f"{facts['method']} of {models}"
+    what = f"{facts['method']} of {models}"
+    if plan.recipe.mixes:
+        from merge.experts.telling import names_of, told_routing
+
+        what = f"mixture of {', '.join(names_of(plan))}"
     click.echo(f"{what}, {len(plan.steps)} tensors")
+    if plan.recipe.mixes:
+        click.echo(f"  {told_routing(plan)}")
     for i, model in enumerate(plan.models):
         between = "  (merged on the way)" if model.label in plan.recipe.stages else "  (computed)"
         role = "  (base)" if i == plan.base else between if model.computed else ""
@@ -286,7 +289,7 @@ def verify_command(folder: Path, load: bool, trusted: bool, as_json: bool) -> No
 
     Example: mergetool verify out/merged --load
     """
-    from merge.experts.loading import check_loads
+    from merge.experts.checks.loading import check_loads
     from merge.verify import verify_folder
 
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -371,44 +374,6 @@ def _say_findings(findings: "Sequence[Finding]", lines: str) -> None:
         click.echo(f"\nTo resolve, add to the recipe:\n\n{lines}", nl=False)
 
 
-@main.command("score")
-@click.argument("models", nargs=-1, required=True)
-@click.option(
-    "--suite",
-    "-s",
-    default="quickstart",
-    show_default=True,
-    help="A shipped suite, or a folder with suite.yaml.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Only the first N documents of each task."
-)
-@click.option(
-    "--split",
-    type=click.Choice(["heldout", "search"]),
-    default="heldout",
-    show_default=True,
-    help="The suite's tasks for reporting, or those that searches may look at.",
-)
-@OFFLINE
-@JSON
-def score_command(
-    models: tuple[str, ...], suite: str, limit: int | None, split: str, offline: bool, as_json: bool
-) -> None:
-    """Scores MODELS side by side with lm-evaluation-harness, with standard errors.
-
-    Example: mergetool score zoo:base out/quickstart --suite quickstart
-    """
-    from merge.pipeline import open_for_scoring
-    from merge.score import Suite, score_models, table
-
-    opened = Suite.named(suite, split=split)
-    folders = [open_for_scoring(m, offline=offline) for m in models]
-    with progress("score", len(models) * len(opened.tasks)) as count:
-        scores = score_models(folders, opened, labels=list(models), limit=limit, progress=count)
-    click.echo(json.dumps(scores.as_json(), indent=1) if as_json else table(scores))
-
-
 @main.command("methods")
 @click.argument("name", required=False)
 @JSON
@@ -466,6 +431,8 @@ def _method_facts(method: Any) -> dict[str, Any]:
     }
 
 
+main.add_command(score)
+main.add_command(judge)
 main.add_command(evolve)
 main.add_command(sweep)
 
@@ -484,8 +451,8 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
-def _say_notes(plan: "Plan") -> None:
-    for note in (*plan.notes, *plan.unseen):
+def _say_notes(plan: "Plan", *more: str) -> None:
+    for note in (*plan.notes, *plan.unseen, *more):
         click.echo(f"note: {note}", err=True)
 
 
@@ -497,6 +464,7 @@ def _bytes(size: int) -> str:
 
 main.add_command(routing_command)
 main.add_command(train_router_command)
+main.add_command(report_command)
 
 if __name__ == "__main__":
     main()

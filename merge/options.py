@@ -7,7 +7,12 @@ from pathlib import Path
 
 import click
 
-UNITS = {"score": "task", "routing": "text"}  # of stages that are not counted in bytes
+UNITS = {
+    "score": "task",
+    "routing": "text",
+    "answer": "question",
+    "judge": "reply",
+}  # of stages that are not counted in bytes
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
 
 

@@ -2,7 +2,7 @@
 
 import resource
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from merge.agreement import canonical
 from merge.budget import Budget
-from merge.carry import carried_digests, input_sizes, told_inputs
+from merge.carry import carried_digests, input_sizes, told_inputs, versions_of
 from merge.errors import OutputError, PlanError
 from merge.plan import Operand, Plan
 from merge.reader import Reader
@@ -66,12 +66,22 @@ def check_replaceable(folder: Path, recipe: Path) -> None:
     ):
         if whole in (place, *place.parents):
             raise OutputError(f"{folder}: holds {what}; choose another output")
-    configs = (folder / "config.json", folder / "adapter_config.json")
-    is_model = any(map(Path.is_file, configs)) and any(folder.glob("*.safetensors"))
-    if not is_model and provenance_of(folder) is None:
+    if not is_replaceable(folder):
         raise OutputError(
             f"{folder}: holds no model, and --overwrite replaces nothing else; choose another output"
         )
+
+
+def is_replaceable(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter, which --overwrite replaces."""
+    configs = (folder / "config.json", folder / "adapter_config.json")
+    is_model = any(map(Path.is_file, configs)) and any(folder.glob("*.safetensors"))
+    return is_model or provenance_of(folder) is not None
+
+
+def _or_overwrite(folder: Path) -> str:
+    """What else can be done about a folder that is taken."""
+    return ", or give --overwrite to replace it" if is_replaceable(folder) else ""
 
 
 def is_there_already(folder: Path, plan: Plan, budget: Budget, progress: Progress) -> bool:
@@ -81,8 +91,7 @@ def is_there_already(folder: Path, plan: Plan, budget: Budget, progress: Progres
     made = provenance_of(folder)
     if made is None:
         raise OutputError(
-            f"{folder}: exists and was not made by mergetool; choose another output, or give "
-            f"--overwrite to replace it"
+            f"{folder}: exists and was not made by mergetool; choose another output{_or_overwrite(folder)}"
         )
     same = made["plan"] == plan.digest and canonical(made.get("input_sizes")) == canonical(
         input_sizes(plan, input_stamps(plan))
@@ -95,12 +104,36 @@ def is_there_already(folder: Path, plan: Plan, budget: Budget, progress: Progres
         found = _digested(plan, operands, budget.threads, progress, fuse=budget.fuse)
         return told_inputs(plan, found)
 
-    if not (same and carried) or made.get("inputs") != inputs():
+    found = inputs() if same and carried else []
+    if found and made.get("inputs") == found:
+        return True
+    if found and _only_computed_otherwise(plan, made, found):
         raise OutputError(
-            f"{folder}: holds a finished merge of another recipe or of other models; choose "
-            f"another output, or give --overwrite to replace it"
+            f"{folder}: is this merge, made by {_shown(made['versions'])}, and {_shown(versions_of(plan))} "
+            "compute some of its inputs otherwise; keep it, choose another output, or give --overwrite to "
+            "make it anew"
         )
-    return True
+    raise OutputError(
+        f"{folder}: holds a finished merge of another recipe or of other models; choose "
+        f"another output, or give --overwrite to replace it"
+    )
+
+
+def _only_computed_otherwise(
+    plan: Plan, made: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether an earlier merge differs in nothing but what other versions have computed on the way."""
+    before, versions = made.get("inputs"), made.get("versions")
+    if versions == versions_of(plan) or not isinstance(versions, dict):
+        return False
+    stored = [i for i, model in enumerate(plan.models) if not model.computed]
+    if not isinstance(before, list) or len(before) != len(found):
+        return False
+    return all(before[i] == found[i] for i in stored)
+
+
+def _shown(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def is_adapter_there(folder: Path, plan: Plan, threads: int, progress: Progress) -> bool:
@@ -112,8 +145,7 @@ def is_adapter_there(folder: Path, plan: Plan, threads: int, progress: Progress)
     if same and made and made.get("inputs") == adapter_inputs(plan, threads, progress):
         return True
     raise OutputError(
-        f"{folder}: exists and is not this adapter; choose another output, or give --overwrite to "
-        "replace it"
+        f"{folder}: exists and is not this adapter; choose another output{_or_overwrite(folder)}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from merge.adapters.alone import on_zeros
 from merge.adapters.run import adapter_budget, check_wanted, run_adapter
+from merge.ancestry import ancestry_notes
 from merge.budget import (
     DEFAULT_MEMORY,
     Budget,
@@ -18,8 +19,11 @@ from merge.budget import (
 )
 from merge.carry import CARD, carry_files, model_card, provenance
 from merge.errors import SourceError
-from merge.experts.loading import check_loads
-from merge.experts.peft_writing import is_adapters, run_peft
+from merge.experts.checks.loading import check_loads
+from merge.experts.names import former_base
+from merge.experts.routers.alike import notes_on_routers
+from merge.experts.telling import mixture_card
+from merge.experts.xlora.writing import is_adapters, run_peft
 from merge.lines import nearest
 from merge.output import (
     Progress,
@@ -34,9 +38,8 @@ from merge.output import (
 from merge.plan import Plan, output_folder
 from merge.planner import make_plan, model_labels
 from merge.recipe import Recipe, load_recipe
-from merge.sources.inside import base_inside
-from merge.sources.model import Model, read_json
-from merge.sources.opening import is_adapter, locate, open_model
+from merge.sources.model import Model
+from merge.sources.opening import is_adapter, open_model
 from merge.stream import run
 from merge.verify import PROVENANCE, provenance_of, verify_adapter, verify_folder
 from merge.write import PartialFolder, check_own, discard_leftover, partial_of
@@ -50,7 +53,8 @@ def quiet(stage: str, total: int) -> Iterator[Callable[[int], None]]:
 @dataclass(frozen=True)
 class Result:
     """A finished merge: its folder, its plan, whether it was there already, how many tensors an
-    interrupted run had finished, what was verified, and what is told of rows that no model had."""
+    interrupted run had finished, what was verified, what is told of rows that no model had, and what there is
+    to note about what was made."""
 
     folder: Path
     plan: Plan
@@ -59,6 +63,7 @@ class Result:
     taken_up: int
     verified: dict[str, Any]
     rows_made: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def plan_recipe(
@@ -97,7 +102,7 @@ def plan_parsed(
         if zeros := on_zeros(plan, recipe, models):
             plan = make_plan(recipe, zeros)
         check_wanted(plan)
-    return plan
+    return replace(plan, notes=(*plan.notes, *ancestry_notes(plan)))
 
 
 def _lending(recipe: Recipe, label: str) -> str:
@@ -129,7 +134,8 @@ def _opened(label: str, recipe: Recipe, offline: bool, peek: bool) -> Model:
         partial(hub.fetch, offline=offline),
         partial(hub.peek, offline=offline) if peek else None,
         partial(hub.fetch_adapter, offline=offline),
-        base_inside if recipe.sections.mixture else None,
+        former_base if recipe.sections.mixture else None,
+        headless=recipe.sections.saved_modules == "base",
     )
     return replace(model, label=label)
 
@@ -141,15 +147,6 @@ def budget_of(
     if plan.recipe.sections.adapter:
         return adapter_budget(plan, memory, threads)
     return make_budget(plan, memory, threads, fuse=fuse)
-
-
-def open_for_scoring(name: str, *, offline: bool = False) -> Path:
-    """The folder of the model that `name` says: a folder, zoo:NAME or a hub id, which is fetched."""
-    from merge.sources import hub
-
-    folder, _ = locate(name, fetch=partial(hub.fetch, offline=offline))
-    read_json(folder / "config.json")
-    return folder
 
 
 def run_recipe(
@@ -164,10 +161,12 @@ def run_recipe(
     fuse: bool | None = None,
     load: bool = True,
     progress: Progress = quiet,
+    about: str = "",
 ) -> Result:
     """Merges, writes and verifies what the recipe in `file` asks for; goes on where a run was cut off.
 
-    load: a mixture is also loaded with transformers before it is put in its place.
+    load: a mixture is also loaded with transformers before it is put in its place. about: the end of the
+    model card.
 
     Raises RequestError before anything is written, RunError afterwards.
     """
@@ -183,14 +182,18 @@ def run_recipe(
     elif is_there_already(folder, plan, budget, progress):
         discard_leftover(folder)
         verified = _verified(folder, budget, progress)
-        return Result(folder, plan, budget, True, 0, verified, _rows_made(folder))
+        notes = tuple(notes_on_routers(plan, folder))
+        return Result(folder, plan, budget, True, 0, verified, _rows_made(folder), notes)
     check_disk(plan, folder)
     check_open_files(plan)
-    check = check_loads if load and plan.recipe.mixes else None
+    reads = None if plan.tokens else plan.models[plan.donor].folder  # as the base does
+    check = partial(check_loads, like=reads) if load and plan.recipe.mixes else None
+    card = mixture_card(plan) if plan.recipe.mixes else model_card(plan)
     verified, taken_up = written(
-        plan, budget, folder, model_card(plan), restart=restart, progress=progress, check=check
+        plan, budget, folder, card + about, restart=restart, progress=progress, check=check
     )
-    return Result(folder, plan, budget, False, taken_up, verified, _rows_made(folder))
+    notes = (*verified.pop("notes", ()), *notes_on_routers(plan, folder))
+    return Result(folder, plan, budget, False, taken_up, verified, _rows_made(folder), notes)
 
 
 def written(

@@ -5,13 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, StrictInt, ValidationError, field_validator
+from pydantic import Field, StrictInt, ValidationError, field_validator, model_validator
 
 from merge.errors import RecipeError
 from merge.experts.sections import Architecture, ExpertEntry, Mode, RouterSection, SharedExpert
 from merge.fields import Dtype, Label, Parameters, Pattern, Strict
 from merge.lines import Lines, nearest
-from merge.search.sections import StudySection
+from merge.search.sections import GenomeSection, ObjectiveSection, StudySection
 from merge.search.space import varying
 from merge.tokens.sections import (
     StopSection,
@@ -55,10 +55,7 @@ OF_MIXTURES = (
     *("shared_experts", "router", "gate_mode", "experts_per_token", "architecture"),
     *("format", "layers", "saved_modules"),
 )
-LATER = {
-    "genome": "this is a search of mergekit-evolve; write it as a recipe with merge_method and models, and "
-    "{search: [low, high]} for what may vary, and run that with mergetool evolve",
-}
+OF_SEARCHES = ("study", "preset", "genome")
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -102,9 +99,23 @@ class AdapterSection(Strict):
 
 
 class ScoreSection(Strict):
-    suite: str = "quickstart"
+    """What the result is scored on: a suite, or tasks of lm-eval by name."""
+
+    suite: str | None = Field(default=None, min_length=1)
+    tasks: list[Label] | None = Field(default=None, min_length=1)
+    include: str | None = Field(default=None, min_length=1)
     parents: bool = True
     limit: int | None = Field(default=None, ge=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    chat_template: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> "ScoreSection":
+        if self.suite and self.tasks:
+            raise ValueError("has both suite and tasks; keep one")
+        if self.include and not self.tasks:
+            raise ValueError("has include without tasks, which it is for")
+        return self
 
 
 class Sections(Strict):
@@ -167,10 +178,8 @@ class Sections(Strict):
 
 def read_sections(data: dict[str, Any], lines: Lines) -> Sections:
     """The recipe in a document; raises RecipeError at its line."""
-    for key, why in LATER.items():
-        if key in data:
-            raise lines.error((key,), f"{key}: {why}")
-    if (at := ("study",) if "study" in data else varying(data)) is not None:
+    searched = next(((key,) for key in OF_SEARCHES if key in data), None)
+    if (at := searched or varying(data)) is not None:
         what = "this is a search; run it with mergetool evolve or mergetool sweep"
         raise lines.error(at, f"{'.'.join(map(str, at))}: {what}")
     if "model" in data and "merge_method" not in data:  # one model, rewritten
@@ -273,7 +282,8 @@ def _validation_error(
     if first["type"] == "extra_forbidden":
         fields = _kind_at(path[:-1]).model_fields
         allowed = [field.alias or name for name, field in fields.items()]
-        what = f"unknown key {key!r}{nearest(key, allowed)}; allowed: {', '.join(allowed)}"
+        meant = _elsewhere(key) or nearest(key, allowed)
+        what = f"unknown key {key!r}{meant}; allowed: {', '.join(allowed)}"
         return lines.error(path, what)
     if first["type"] == "missing":
         whole = "a recipe needs merge_method and models, slices or modules"
@@ -299,11 +309,21 @@ _KINDS: dict[str, type[Strict]] = {
     "shared_experts": SharedExpert,
     "router": RouterSection,
     "study": StudySection,
+    "objectives": ObjectiveSection,
+    "genome": GenomeSection,
 }
 
 
 def _kind_at(path: Sequence[str | int]) -> type[Strict]:
     return next((_KINDS[str(part)] for part in reversed(path) if part in _KINDS), Sections)
+
+
+def _elsewhere(key: str) -> str:
+    """Which sections have a key that is not known where it stands."""
+    kinds = {name: kind for name, kind in _KINDS.items() if key in kind.model_fields}
+    top = ["the recipe itself"] if key in Sections.model_fields else []
+    found = [*top, *kinds]
+    return f" (it is a key of {' and '.join(found)})" if found else ""
 
 
 def _list_of(path: Sequence[str | int]) -> str:

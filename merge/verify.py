@@ -272,6 +272,6 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     """The provenance file of a finished merge, or None where `folder` is none."""
     try:
         data = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) and "plan" in data else None

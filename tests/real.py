@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+# what lies beside the repository, and may not: a real Llama, and real tokenizers
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
+LLAMA = REAL / "stories260k"
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 16,

@@ -15,7 +15,7 @@ from ran import Ran
 from merge.cli import main
 from merge.errors import PlanError
 from merge.methods import all_methods
-from merge.pipeline import open_for_scoring
+from merge.score.models import candidate
 
 Command = Callable[..., Ran]
 ROOT = Path(__file__).parent.parent
@@ -284,4 +284,4 @@ def test_a_folder_is_opened_for_scoring_by_its_name(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(recipe.parent)
-    assert open_for_scoring("a", offline=True) == (recipe.parent / "a").resolve()
+    assert candidate("a", offline=True) == (recipe.parent / "a").resolve()

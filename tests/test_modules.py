@@ -12,7 +12,7 @@ from methods.cases import read_values
 from real import SMALL, loaded, saved
 
 from merge.errors import PlanError
-from merge.experts.loading import check_loads
+from merge.experts.checks.loading import check_loads
 from merge.pipeline import plan_recipe, run_recipe
 
 VISION = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from merge.errors import RecipeError
 from merge.methods import all_methods
 from merge.recipe import load_recipe, parse_recipe
-from merge.sections import Sections, parse_size
+from merge.sections import OF_SEARCHES, Sections, parse_size
 
 TIES = """\
 base_model: base
@@ -408,7 +408,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-@given(WORDS.filter(lambda word: word not in Sections.model_fields))
+@given(WORDS.filter(lambda word: word not in {*Sections.model_fields, *OF_SEARCHES, "variants"}))
 def test_any_unknown_key_is_refused_by_its_name(word: str) -> None:
     assert f"unknown key {word!r}" in refusal(yaml.safe_dump(GOOD | {word: 1}))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from merge.experts.loading import check_loads
+from merge.experts.checks.loading import check_loads
 from merge.pipeline import run_recipe
 from merge.shipped import shipped
 

@@ -12,7 +12,7 @@ import pytest
 from families import drawn, family, ties_recipe, typed, write_model, write_tensors
 
 from merge.errors import RequestError, VerifyError
-from merge.experts.loading import check_loads
+from merge.experts.checks.loading import check_loads
 from merge.pipeline import run_recipe
 from merge.sources.weights import open_safetensors
 from merge.verify import verify_folder

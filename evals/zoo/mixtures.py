@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from merge.experts.training import Course, train_router
+from merge.experts.training.learning import Course, train_router
 from merge.pipeline import run_recipe
 from merge.score import Scores, Suite, score_models, table
 from merge.shipped import shipped

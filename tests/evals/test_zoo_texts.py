@@ -9,8 +9,8 @@ from test_suite import half_of
 from train import EOS, batch
 from transformers import AutoTokenizer
 
-from merge.experts.batches import batch_of, encoded
 from merge.experts.texts import read_texts
+from merge.experts.training.batches import batch_of, encoded
 
 ZOO = Path(__file__).resolve().parents[2] / "evals" / "zoo"
 FILES = {skill: ZOO / "texts" / f"{skill}.jsonl" for skill in SKILLS}
