@@ -121,7 +121,7 @@ def run_command(
         if result.rows_made:
             click.echo(_said_rows(result.rows_made))
     if scoring is not None:
-        scores = _scored_beside_parents(result, *scoring, memory)
+        scores = _scored_beside_parents(result, *scoring, memory, offline)
         report["scores"] = scores.as_json()
         if not as_json:
             from merge.score import table
@@ -176,12 +176,17 @@ def _said_rows(rows_made: "Sequence[dict[str, Any]]") -> str:
     return f"rows made: {'; '.join(told)}"
 
 
-def _scored_beside_parents(result: Any, section: Any, suite: Any, memory: str) -> Any:
+def _scored_beside_parents(
+    result: Any, section: Any, suite: Any, memory: str, offline: bool
+) -> Any:
     from merge.score.wanted import scored_beside_parents
 
-    count = 1 + (len(result.plan.models) if section.parents else 0)
+    parents = [model for model in result.plan.models if section.parents and not model.computed]
+    count = 1 + len(parents)
     with progress("score", count * len(suite.tasks)) as counted:
-        return scored_beside_parents(result, section, suite, memory=memory, progress=counted)
+        return scored_beside_parents(
+            result, section, suite, memory=memory, offline=offline, progress=counted
+        )
 
 
 @main.command("plan")

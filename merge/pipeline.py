@@ -135,7 +135,7 @@ def _opened(label: str, recipe: Recipe, offline: bool, peek: bool) -> Model:
         partial(hub.peek, offline=offline) if peek else None,
         partial(hub.fetch_adapter, offline=offline),
         former_base if recipe.sections.mixture else None,
-        headless=recipe.sections.saved_modules == "base",
+        headless=recipe.sections.saved_modules == "base" and label in recipe.expert_labels,
     )
     return replace(model, label=label)
 

@@ -13,7 +13,6 @@ COUNTS = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
     *("max_position_embeddings", "original_max_position_embeddings"),
-    *("num_experts_per_tok", "num_local_experts", "num_experts", "n_routed_experts"),
     *("n_group", "topk_group", "moe_k"),
 )
 NUMBERS = (
@@ -21,7 +20,8 @@ NUMBERS = (
     "max_window_layers",
     "first_k_dense_replace",
     "n_shared_experts",
-)  # may be 0
+    *("num_experts_per_tok", "num_local_experts", "num_experts", "n_routed_experts"),
+)  # may be 0: a dense model may say that it has no experts
 FACTORS = ("rope_theta", "partial_rotary_factor", "rms_norm_eps", "initializer_range")
 FLAGS = (
     "use_sliding_window",

@@ -103,11 +103,12 @@ def _ends(model: Any, token: int) -> bool:
 
 
 def identity_of(found: Candidate) -> str:
-    """Stands for a model: the plan of a merge, or sizes and times of the files in a folder."""
-    if not isinstance(found, Path):
-        return str(found.digest)
-    files = sorted(file for file in found.rglob("*") if file.is_file())
-    facts = [
-        (str(f.relative_to(found)), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]
-    ]
-    return hashlib.sha256(canonical([str(found.resolve()), facts]).encode()).hexdigest()
+    """Stands for a model: sizes and times of the files in its folder, or the plan of a merge with those of
+    the files that it reads."""
+    if isinstance(found, Path):
+        plan, files = "", sorted(file for file in found.rglob("*") if file.is_file())
+    else:
+        plan, files = found.digest, [file for model in found.models for file in model.files()]
+    stats = [(file, file.stat()) for file in files]
+    facts = [(str(file.resolve()), s.st_size, s.st_mtime_ns) for file, s in stats]
+    return hashlib.sha256(canonical([plan, facts]).encode()).hexdigest()

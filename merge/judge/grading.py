@@ -31,13 +31,16 @@ AGAIN = {
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 # the marks around words and numbers, as in **Grade:** [[7]]/10
 _MARKS = r"[\s*_`\[\]():=]"
+# to the end of a line: "Note: 2 of 3 facts are wrong" is no grade, and "Verdict: a tie" is not for A
 _GRADE = re.compile(
     rf"\b(?:grade|score|rating|note|bewertung){_MARKS}*(?:is|of|ist|von)?{_MARKS}*"
-    rf"(?P<grade>-?\d+(?:[.,]\d+)?){_MARKS}*(?:(?:/|out of|von){_MARKS}*(?P<of>\d+))?",
-    re.IGNORECASE,
+    rf"(?P<grade>-?\d+(?:[.,]\d+)?){_MARKS}*(?:(?:/|out of|von){_MARKS}*(?P<of>\d+))?{_MARKS}*\.?{_MARKS}*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 _VERDICT = re.compile(
-    rf"\b(?:verdict|urteil){_MARKS}*(?P<verdict>A|B|tie|unentschieden)\b", re.IGNORECASE
+    rf"\b(?i:verdict|urteil){_MARKS}*(?:(?i:a){_MARKS}+(?=(?i:tie)))?"
+    rf"(?P<verdict>A|B|(?i:tie|unentschieden))\b{_MARKS}*\.?{_MARKS}*$",
+    re.MULTILINE,
 )
 
 
@@ -95,7 +98,9 @@ def _talk(question: Question, answers: Sequence[str], turns: int, name: str) -> 
 
 def _fenced(answer: str) -> str:
     """An answer that cannot end the place where it stands."""
-    return re.sub(r"</?(user|assistant|A|B|reference)>", r"[\1]", answer)
+    return re.sub(
+        r"<\s*/?\s*(user|assistant|A|B|reference)\s*>", r"[\1]", answer, flags=re.IGNORECASE
+    )
 
 
 def _reference(question: Question, turns: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -21,11 +22,11 @@ class Journal:
             file.parent.mkdir(parents=True, exist_ok=True)
             text = file.read_bytes() if file.exists() else b""
             whole = text[: text.rfind(b"\n") + 1]
-            for line in whole.decode("utf-8").splitlines():
+            for line in whole.splitlines():  # of bytes: texts may hold other ends of lines
                 row = json.loads(line)
                 self._known[row["key"]] = row
             if len(whole) < len(text):
-                file.write_bytes(whole)
+                os.truncate(file, len(whole))
         except (ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{file}: is not what mergetool judge writes ({error})") from None
         except OSError as error:
@@ -47,6 +48,6 @@ class Journal:
     def _append(self, row: Mapping[str, Any]) -> None:
         try:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise WriteError(f"{self._file}: {error.strerror}") from None

@@ -61,6 +61,8 @@ def _read(file: Path) -> list[Question]:
 
 
 def _question(row: Mapping[str, Any]) -> Question:
+    if not isinstance(row["turns"], list):
+        raise ValueError("turns must be a list")
     turns = tuple(row["turns"])
     reference = tuple(row.get("reference") or [""] * len(turns))
     if not turns or not all(isinstance(text, str) and text for text in turns):

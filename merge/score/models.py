@@ -53,7 +53,7 @@ def _merged(name: str, offline: bool, beside: Path) -> "Plan":
     from merge.pipeline import plan_parsed
     from merge.recipe import parse_recipe
 
-    recipe = parse_recipe(yaml.safe_dump({"model": name}), str(beside / name))
+    recipe = parse_recipe(yaml.safe_dump({"model": name}), str(beside / "recipe"))
     return plan_parsed(recipe, offline=offline)
 
 

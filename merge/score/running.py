@@ -52,12 +52,14 @@ def score_models(
     given = replace(given, limit=given.limit if limit is None else limit)
     for found, label in zip(folders, labels, strict=True):
         check_candidate(found, label, given)
-    with quiet_libraries(), few_threads(max(map(weight_bytes, folders))), _kept(samples) as keep:
+    with quiet_libraries(), few_threads(max(map(weight_bytes, folders))):
         harness = harness or task_manager(suite)
         check_tasks(suite, harness)
-        scored = []
-        for found, label in zip(folders, labels, strict=True):
-            scored.append(_scored_model(found, label, suite, harness, given, keep, progress))
+        with _kept(samples) as keep:
+            scored = [
+                _scored_model(found, label, suite, harness, given, keep, progress)
+                for found, label in zip(folders, labels, strict=True)
+            ]
     return Scores(suite, tuple(scored))
 
 

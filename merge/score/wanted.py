@@ -1,12 +1,12 @@
 """What a recipe says about scoring, and the result beside its parents."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge.apart import answer_of, reason_of, run_apart
 from merge.errors import RequestError
 from merge.score.conditions import Conditions
 from merge.score.harness import check_installed, check_tasks, task_manager, tasks_by_name
@@ -41,13 +41,12 @@ def _asked(
     names: Sequence[str], include: Sequence[Path], suite: str | None, file: Path
 ) -> list[dict[str, Any]]:
     question = json.dumps({"names": names, "include": list(map(str, include)), "suite": suite})
-    line = [sys.executable, "-m", "merge.score.wanted", question]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = run_apart("merge.score.wanted", question)
     try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RequestError(f"{file}: score: lm-eval does not list its tasks: {last[0]}") from None
+        answer = json.loads(answer_of(done))
+    except (ValueError, IndexError):
+        what = f"score: lm-eval does not list its tasks: {reason_of(done)}"
+        raise RequestError(f"{file}: {what}") from None
     if "error" in answer:
         raise RequestError(f"{file}: score: {answer['error']}")
     return list(answer["tasks"])
@@ -74,13 +73,17 @@ def scored_beside_parents(
     suite: Suite,
     *,
     memory: str,
+    offline: bool = False,
     progress: Callable[[int], None],
 ) -> Scores:
     """Scores of a merge and of the models that went into it; those with adapters are merged in memory."""
     beside = Path(result.plan.recipe.file).parent
     parents = [m for m in result.plan.models if section.parents and not m.computed]
     found: list[Candidate] = [result.folder]
-    found += [candidate(m.label, beside=beside) if m.beside else m.folder for m in parents]
+    found += [
+        candidate(m.label, offline=offline, beside=beside) if m.beside else m.folder
+        for m in parents
+    ]
     conditions = Conditions(
         section.limit, section.num_fewshot, section.chat_template, memory=memory
     )

@@ -7,6 +7,7 @@ import pytest
 
 from merge.errors import RequestError
 from merge.judge.grading import grade_of, to_compare, to_grade, verdict_of
+from merge.judge.journal import Journal
 from merge.judge.outcome import Comparison, Grades, Reading, Talks
 from merge.judge.questions import Question, questions_of
 
@@ -29,6 +30,7 @@ TALKS = Talks(2, 0, 0)
         ("<think>Grade: 2? No.</think>Grade: 9", 9),
         ("<think>Grade: 2, I was cut off", None),
         ("Grade: 11", None),
+        ("Grade: 7\n\nNote: 2 of 3 facts are wrong", 7),
         ("Grade: 75", None),
         ("Grade: 0", None),
         ("Grade: -5", None),
@@ -56,6 +58,8 @@ def test_grades(reply: str, grade: float | None) -> None:
         ("Verdict: A or rather\nVerdict: B", "B"),
         ("<think>Verdict: A</think>\nVerdict: B", "B"),
         ("Verdict: Both are good", None),
+        ("Verdict: a tie", "tie"),
+        ("The verdict: a close call", None),
         ("Verdict: Assistant", None),
         ("A is better", None),
     ],
@@ -137,3 +141,13 @@ def test_questions_that_are_none_are_refused_by_their_line(tmp_path: Path) -> No
         questions_of([str(file)])
     with pytest.raises(RequestError, match="none of de, en"):
         questions_of(["fr"])
+
+
+@pytest.mark.parametrize("text", ["one\u2028two", "one\u0085two", "\ud800", "one\ntwo"])
+def test_a_journal_gives_back_any_text(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "answers.jsonl"
+    asked = {"prompt": "?"}
+    assert Journal(file).row(asked, {}, lambda: text) == text
+    file.open("ab").write(b'{"key": "cut o')
+    assert Journal(file).row(asked, {}, lambda: "another") == text
+    assert file.read_bytes().endswith(b"}\n")
