@@ -331,6 +331,21 @@ def model_card(plan: Plan) -> str:
     )
 
 
+def told_plan(
+    plan: Plan, inputs: Sequence[Mapping[str, Any]], stamps: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """How the provenance of adapters begins: what was made of what, by which versions."""
+    return {
+        "format": FORMAT,
+        "plan": plan.digest,
+        "versions": {"mergetool": own_version(), "numpy": np.__version__},
+        "recipe": resolved(plan),
+        "inputs": inputs,
+        "input_sizes": input_sizes(plan, stamps),
+        "notes": plan.notes,
+    }
+
+
 def versions_of(plan: Plan) -> dict[str, str]:
     """What may decide about the bits of inputs that are computed; of mixtures, what runs the base, too."""
     found = {"mergetool": own_version(), "numpy": np.__version__}

@@ -13,6 +13,7 @@ from merge.errors import MergetoolError, RequestError
 from merge.experts.commands import routing_command, train_router_command
 from merge.judge.command import judge
 from merge.options import JSON, MEMORY, OFFLINE, OUTPUT, THREADS, TRUST, progress
+from merge.printing import printable
 from merge.report.commands import report_command
 from merge.score.command import score
 from merge.search.commands import evolve, sweep
@@ -372,7 +373,7 @@ def _say_findings(findings: "Sequence[Finding]", lines: str) -> None:
         severity = click.style(f"{f.severity:7}", fg=colours[f.severity])
         told = f"{f.code}  {', '.join(f.models)}: {f.what}"
         # names and settings come from files that others wrote
-        click.echo(f"{severity} {''.join(c if c.isprintable() else '?' for c in told)}")
+        click.echo(f"{severity} {printable(told)}")
     if not findings:
         click.echo("no findings")
     if lines:

@@ -28,7 +28,7 @@ from merge.plan import Plan, Step
 from merge.reader import Reader, driven, reduced
 
 Block = tuple[int, int]  # first row, end row; whole grains
-Places = Callable[[Step, int, int], Raw | None]
+InPlace = Callable[[Step, int, int], Raw | None]
 Measuring = Callable[[Iterable[Grain]], list[Statistic]]
 
 
@@ -55,13 +55,13 @@ def run(
     steps: Iterable[Step],
     progress: Callable[[int], None] = lambda _: None,
     *,
-    places: Places | None = None,
+    in_place: InPlace | None = None,
 ) -> None:
     """Runs `steps` of `plan`. progress(n): n more bytes were read or written.
 
-    places(step, first, end): memory for these rows of the result as they are stored, or None where the writer
-    is to be given them. Then nothing comes to a disk and the same inputs will be read again: they are mapped
-    where they can be, nothing is digested.
+    in_place(step, first, end): memory for these rows of the result as they are stored, or None where the
+    writer is to be given them. Then nothing comes to a disk and the same inputs will be read again: they are
+    mapped where they can be, nothing is digested.
 
     Raises ReadError, NonFiniteError or WriteError; what finished before it was handed to the writer.
     """
@@ -77,7 +77,7 @@ def run(
                 writer,
                 progress,
                 block_rows(step, budget.block),
-                places,
+                in_place,
             )
             if len(job.blocks) == 1:
                 crew.submit(job.run_alone)
@@ -88,7 +88,7 @@ def run(
 def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
     """Statistics passes wait for all blocks; the last pass does not, so that steps overlap."""
     passes = job.formula.passes()
-    held = slots.take(job.step, crew.check) if passes and job.places is None else None
+    held = slots.take(job.step, crew.check) if passes and job.in_place is None else None
     if held is not None:
         job.hold(held)
     stats = driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
@@ -117,7 +117,7 @@ class _Job:
     writer: Writer
     progress: Callable[[int], None]
     rows: int
-    places: Places | None = None
+    in_place: InPlace | None = None
     was_read: bool = False  # every block was read (and checked, digested) once
     held: list[Raw] | None = None
     output_digests: dict[int, bytes] = field(default_factory=dict)
@@ -160,13 +160,13 @@ class _Job:
         digests: list[bytes] = []
         for a, b in grains(self.step.shape, *block):
             grain = self._of_grain(inputs, block, a, b)
-            into = self.places(self.step, a, b) if self.places else None
+            into = self.in_place(self.step, a, b) if self.in_place else None
             rows, finite = merging(grain, into) if merging else (grain[0][0], True)
             if not finite and not self.formula.allow_nonfinite:
                 unseen = grain[0] if self.formula.merges_as_it_reads else ()
                 check_grain(self.reader.plan, self.step, unseen, rows, a)
             self.progress(rows.nbytes)
-            if self.places:
+            if self.in_place:
                 if rows is not into:
                     self.writer.write(self.step, a, [rows], [])
                 continue
@@ -192,7 +192,7 @@ class _Job:
             return held
         buffers = held or _buffers.views(self.step, end - first)
         for index, operand in enumerate(self.step.inputs):
-            mapped = self.reader.mapped(operand, first, end) if self.places else None
+            mapped = self.reader.mapped(operand, first, end) if self.in_place else None
             if mapped is None:
                 rows = buffers[index]
                 self.reader.read(operand, first, end, rows.reshape(-1).view(np.uint8).data)
@@ -204,7 +204,7 @@ class _Job:
                     # what merges as it reads is checked together with its output
                     if not (self.formula.merges_as_it_reads or self.formula.allow_nonfinite):
                         check_input(self.reader.plan, self.step, index, grain, a)
-                    if not self.places:
+                    if not self.in_place:
                         self.input_digests[index, a] = grain_digest(grain)
                 self.progress(rows.nbytes)
         return buffers

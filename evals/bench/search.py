@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from merge.search.study import Study, open_study
+from merge.search.opening import open_study
+from merge.search.study import Study
 from merge.shipped import shipped
 
 CANDIDATES, DOCUMENTS = 60, 100

@@ -14,11 +14,11 @@ from merge.adapters.journal import Run
 from merge.adapters.modules import Modules, asked_modules
 from merge.adapters.write import Report, write_adapter
 from merge.budget import PER_INPUT, RESERVED, Budget, reading_bytes, threads_and_cap
-from merge.carry import input_sizes, own_version, resolved
+from merge.carry import told_plan
 from merge.errors import NonFiniteError, PlanError
 from merge.lowrank import factoring_bytes, joining_bytes
 from merge.numerics import FLOATS, Array, grain_rows, rows_and_cols, to_float32
-from merge.plan import FORMAT, Operand, Plan, Step
+from merge.plan import Operand, Plan, Step
 from merge.reader import Reader
 from merge.sections import AdapterSection
 from merge.sources import TensorInfo
@@ -160,13 +160,7 @@ def _provenance(
     """mergetool.json: what was merged and extracted, and the digests of inputs and files."""
     folder = partial_of(out) / MODEL
     data = {
-        "format": FORMAT,
-        "plan": plan.digest,
-        "versions": {"mergetool": own_version(), "numpy": np.__version__},
-        "recipe": resolved(plan),
-        "inputs": inputs,
-        "input_sizes": input_sizes(plan, stamps),
-        "notes": plan.notes,
+        **told_plan(plan, inputs, stamps),
         "error": report.error,
         "files": {file: file_digest(folder / file) for file in (ADAPTER_WEIGHTS, ADAPTER)},
     }

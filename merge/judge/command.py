@@ -1,12 +1,19 @@
 """The command that has a model's answers graded by another model."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from merge.errors import RequestError, ScoreError
 from merge.options import JSON, MEMORY, OFFLINE, TRUST, progress
+
+if TYPE_CHECKING:
+    from merge.judge.judging import Court
+    from merge.judge.outcome import Comparison, Grades
+    from merge.score import Candidate
 
 
 @click.command("judge")
@@ -86,34 +93,49 @@ def judge(
     for each, name in zip(found, models, strict=True):
         check_candidate(each, name, conditions)
     court = Court(server, questions, output, max_tokens, parallel, conditions)
-    compares = len(models) == 2 and not single
-    turns = sum(len(q.turns) for q in questions)
-    requests = 2 * len(questions) if compares else turns * len(models)
-    with (
-        progress("answer", len(questions) * len(models)) as answered,
-        progress("judge", requests) as judged,
-    ):
-        if compares:
-            comparison = court.compared(found, models, answered, judged)
-            reports, told = [comparison.as_json()], told_comparison(comparison)
-            unreadable, asked = comparison.unreadable, comparison.asked
-            talks = list(comparison.talks)
-        else:
-            grades = [
-                court.graded(each, name, answered, judged)
-                for each, name in zip(found, models, strict=True)
-            ]
-            reports, told = [each.as_json() for each in grades], told_grades(grades)
-            unreadable, asked = sum(g.unreadable for g in grades), sum(g.asked for g in grades)
-            talks = [each.talks for each in grades]
+    if len(models) == 2 and not single:
+        comparison = _compared(court, found, models)
+        results: list[Any] = [comparison]
+        told, talks = told_comparison(comparison), list(comparison.talks)
+    else:
+        grades = _graded(court, found, models)
+        results, told = list(grades), told_grades(grades)
+        talks = [each.talks for each in grades]
+    unreadable, asked = sum(r.unreadable for r in results), sum(r.asked for r in results)
     if unreadable == asked:
         raise ScoreError(
             f"{judge_model}: none of its {asked} replies could be read; they are in {output / 'grades.jsonl'}"
         )
-    report = {"judge": judge_model, "questions": len(questions), "results": reports}
-    click.echo(json.dumps(report, indent=1) if as_json else told)
     if as_json:
+        reports = [each.as_json() for each in results]
+        report = {"judge": judge_model, "questions": len(questions), "results": reports}
+        click.echo(json.dumps(report, indent=1))
         return
+    click.echo(told)
     for name, talk in zip(models, talks, strict=True):
         for doubt in talk.doubts():
             click.echo(f"note: {name}: {doubt}", err=True)
+
+
+def _compared(
+    court: "Court", found: "Sequence[Candidate]", models: tuple[str, ...]
+) -> "Comparison":
+    """Both in both orders."""
+    count = len(court.questions)
+    with progress("answer", 2 * count) as answered, progress("judge", 2 * count) as judged:
+        return court.compared(found, models, answered, judged)
+
+
+def _graded(
+    court: "Court", found: "Sequence[Candidate]", models: tuple[str, ...]
+) -> "list[Grades]":
+    """Each turn of each."""
+    count, turns = len(court.questions), sum(len(q.turns) for q in court.questions)
+    with (
+        progress("answer", count * len(models)) as answered,
+        progress("judge", turns * len(models)) as judged,
+    ):
+        return [
+            court.graded(each, name, answered, judged)
+            for each, name in zip(found, models, strict=True)
+        ]

@@ -41,7 +41,7 @@ def report_command(
     """
     from merge.report.files import PAGE, check_ours
     from merge.report.pictures import check_drawing
-    from merge.search.study import DATABASE
+    from merge.search.opening import DATABASE
 
     check_drawing()
     url = what if url is None and "://" in what else url
@@ -70,7 +70,7 @@ def _of_study(what: str, url: str | None, name: str | None) -> "Report":
     from merge.report.study import read_search
     from merge.report.study_page import report_on
     from merge.search.ledger import Ledger
-    from merge.search.study import DATABASE, NAME
+    from merge.search.opening import DATABASE, NAME
 
     folder = None if what == url else Path(what)
     if folder is not None and not folder.is_dir():

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NewType
 
+from merge.printing import printable
 from merge.report.pictures import Picture
 
 Html = NewType("Html", str)
@@ -81,7 +82,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px
 
 def escaped(text: str) -> Html:
     """Any text, so that it is shown and nothing else."""
-    return Html(escape("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)))
+    return Html(escape(printable(text, "\n\t")))
 
 
 def joined(parts: Iterable[Html]) -> Html:

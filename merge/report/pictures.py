@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge.errors import RequestError
+from merge.printing import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +114,7 @@ def _element(svg: str) -> str:
 
 def shown(text: str, most: int = 40) -> str:
     """A name that others wrote, on one line and not too long."""
-    clean = "".join(c if c.isprintable() else "?" for c in text)
+    clean = printable(text)
     return clean if len(clean) <= most else f"{clean[: most // 2]}…{clean[-(most // 2 - 1) :]}"
 
 

@@ -281,7 +281,7 @@ def _splits_of(
 
 def _looks(ledger: "Ledger") -> dict[int, dict[str, Figures]]:
     """What the ledger tells of val and test, by number."""
-    from merge.search.study import errors_of
+    from merge.search.outcome import errors_of
 
     found: dict[int, dict[str, Figures]] = {}
     for split in ("val", "test"):
@@ -306,7 +306,7 @@ def _entry(
     section: StudySection,
     objectives: Sequence[str],
 ) -> Entry:
-    from merge.search.study import errors_of
+    from merge.search.outcome import errors_of
 
     scores = candidate.scores
     splits = dict(later)

@@ -12,7 +12,8 @@ from merge.options import JSON, MEMORY, OFFLINE, THREADS
 
 if TYPE_CHECKING:
     from merge.search.ledger import Candidate
-    from merge.search.study import Outcome, Placing, Study
+    from merge.search.outcome import Outcome
+    from merge.search.study import Placing, Study
 
 FAILURES = 3  # that are told
 WIDTH = 78  # of the line that tells how far a search is
@@ -46,7 +47,8 @@ RAY = click.option(
     is_flag=False,
     flag_value="auto",
     metavar="[ADDRESS]",
-    help="Place the workers on a Ray cluster: auto (this machine's), local, or HOST:PORT.",
+    help="Place the workers on a Ray cluster: auto (this machine's), local, or HOST:PORT; each has all of "
+    "--memory.",
 )
 WRITE = click.option(
     "--write", type=click.IntRange(min=0), default=0, help="Also write the best N models."
@@ -87,7 +89,7 @@ def sweep(recipe: str, **given: Any) -> None:
 
 def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> None:
     from merge.cli import find_recipe
-    from merge.search.study import open_study
+    from merge.search.opening import open_study
 
     file = find_recipe(recipe)
     folder = given["output"] or Path("out") / file.stem
@@ -245,7 +247,7 @@ def _aligned(row: list[str], widths: list[int]) -> str:
 
 
 def _cell(scores: Mapping[str, Any] | None) -> str:
-    from merge.search.study import errors_of
+    from merge.search.outcome import errors_of
 
     if scores is None:
         return "-"

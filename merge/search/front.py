@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.search.sections import ObjectiveSection, StudySection
+from merge.search.sections import StudySection
 
 if TYPE_CHECKING:
     from merge.search.ledger import Candidate
@@ -18,7 +18,7 @@ MEAN = "mean"  # over all tasks: what a study without objectives maximises
 def objectives_of(section: StudySection) -> dict[str, list[str]]:
     """The tasks of each objective by its name, in the order of the study; {} where the mean over all tasks
     is the only one."""
-    return {each.name: list(each.tasks) for each in map(_objective, section.objectives)}
+    return {each.name: list(each.tasks) for each in section.objectives}
 
 
 def values_of(section: StudySection, scores: Mapping[str, Any]) -> tuple[float, ...]:
@@ -26,7 +26,7 @@ def values_of(section: StudySection, scores: Mapping[str, Any]) -> tuple[float, 
     by their weights; (mean over all tasks,) where the study has no objectives."""
     if not section.objectives:
         return (float(scores[MEAN]),)
-    return tuple(_mean(each.tasks, scores["tasks"]) for each in map(_objective, section.objectives))
+    return tuple(_mean(each.tasks, scores["tasks"]) for each in section.objectives)
 
 
 def non_dominated(values: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -46,10 +46,6 @@ def front_of(candidates: Sequence["Candidate"], section: StudySection) -> list["
     return [c for c, best in zip(scored, non_dominated(values), strict=True) if best]
 
 
-def _objective(given: str | ObjectiveSection) -> ObjectiveSection:
-    return ObjectiveSection(name=given, tasks={given: 1.0}) if isinstance(given, str) else given
-
-
 def _mean(weights: Mapping[str, float], tasks: Mapping[str, float]) -> float:
     total = math.fsum(weights.values())
     return math.fsum(weight * tasks[task] for task, weight in weights.items()) / total
@@ -59,7 +55,7 @@ def unknown_tasks(section: StudySection, known: Sequence[str]) -> list[tuple[int
     """(number of an objective, task of it) for every task that is not among `known`."""
     return [
         (i, task)
-        for i, each in enumerate(map(_objective, section.objectives))
+        for i, each in enumerate(section.objectives)
         for task in each.tasks
         if task not in known
     ]

@@ -27,12 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SIGNED = {
-    1: np.int8,
-    2: np.int16,
-    4: np.int32,
-    8: np.int64,
-}  # numpy's types that torch can take over
+# numpy's types that torch can take over, by their size
+SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass
@@ -64,15 +60,14 @@ class LiveModel:
         memory, at = self._memory[step.name], first_row
         for block in rows:
             there = slice(at, at + len(block))
-            if memory is None or memory[0] not in ("F32", step.dtype):
+            # by numpy where it can: torch's threads would wait for one another in each of the engine's
+            if memory and memory[0] == step.dtype:
+                memory[1][there] = block
+            elif memory and memory[0] == "F32":
+                memory[1][there] = to_float32(block, step.dtype)
+            else:
                 stored = torch.from_numpy(block.view(SIGNED[block.dtype.itemsize]))
-                self.parameters[step.name][there].copy_(
-                    stored.view(getattr(torch, TORCH[step.dtype]))
-                )
-            else:  # not by torch, whose threads would wait for one another in each of the engine's
-                memory[1][there] = (
-                    block if memory[0] == step.dtype else to_float32(block, step.dtype)
-                )
+                self.parameters[step.name][there].copy_(stored.view(_torch(step.dtype)))
             at += len(block)
 
     def finished(self, step: Step, digests: StepDigests) -> None:
@@ -91,7 +86,7 @@ class LiveModel:
             s for s in plan.steps if not made_of[s.name] or made_of[s.name] != there.get(s.name)
         ]
         with torch.no_grad():
-            run(plan, budget, self, others, places=self.place)
+            run(plan, budget, self, others, in_place=self.place)
         self._made_of = made_of
 
 
@@ -108,11 +103,17 @@ def _memory_of(parameter: "torch.Tensor") -> tuple[str, Raw] | None:
     """The dtype and the rows of a parameter as numpy sees them; None where it lies on another device."""
     import torch
 
-    dtype = next((d for d, name in TORCH.items() if getattr(torch, name) == parameter.dtype), None)
+    dtype = next((dtype for dtype in TORCH if _torch(dtype) == parameter.dtype), None)
     if parameter.device.type != "cpu" or dtype is None:
         return None
     signed = SIGNED[parameter.element_size()]
     return dtype, parameter.view(getattr(torch, signed.__name__)).numpy().view(STORAGE[dtype])
+
+
+def _torch(dtype: str) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, TORCH[dtype])  # type: ignore[no-any-return]
 
 
 class Shells:

@@ -99,7 +99,7 @@ class StudySection(Strict):
     top: StrictInt = Field(default=5, ge=1)
     start: list[str | dict[str, Any]] = []
     baselines: bool = True
-    objectives: list[str | ObjectiveSection] = []
+    objectives: list[ObjectiveSection] = []
     population: StrictInt = Field(default=20, ge=4)
     prune: bool = False
 
@@ -111,10 +111,18 @@ class StudySection(Strict):
             raise ValueError("has include without tasks, which it is for")
         return self
 
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _of_one_task(cls, value: Any) -> Any:
+        """A task's name alone is the objective of that name."""
+        if not isinstance(value, list):
+            return value
+        return [{"name": e, "tasks": [e]} if isinstance(e, str) else e for e in value]
+
     @field_validator("objectives", mode="after")
     @classmethod
-    def _named_once(cls, value: list[str | ObjectiveSection]) -> list[str | ObjectiveSection]:
-        names = [each if isinstance(each, str) else each.name for each in value]
+    def _named_once(cls, value: list[ObjectiveSection]) -> list[ObjectiveSection]:
+        names = [each.name for each in value]
         if len(set(names)) < len(names):
             raise ValueError("each must have a name of its own")
         return value

@@ -75,6 +75,13 @@ Dimension = Real | Whole | Choice
 Ask = Callable[[Dimension], float]  # a value of the dimension; of a choice its number
 
 
+def ends(dimension: Dimension) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    if isinstance(dimension, Choice):
+        return 0, dimension.count - 1
+    return dimension.low, dimension.high
+
+
 @dataclass(frozen=True)
 class Space:
     """A document whose values may vary."""

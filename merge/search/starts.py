@@ -7,7 +7,7 @@ from typing import Any
 from merge.errors import RequestError
 from merge.lines import Lines, load_documents
 from merge.search.sections import StudySection
-from merge.search.space import Choice, Dimension, varying
+from merge.search.space import Dimension, ends, varying
 
 START = "start"  # the origin of a candidate whose recipe was given, with its number from 1
 OF_NO_RECIPE = ("study", "adapter", "score", "output")  # keys that a recipe loses when it is tried
@@ -48,13 +48,6 @@ def check_starts(section: StudySection, dimensions: Mapping[str, Dimension], lin
             at = ".".join(map(str, inside))
             what = f"start: {at} may vary; what a search begins with is a plain recipe"
             raise lines.error(("study", "start", i), what)
-
-
-def ends(dimension: Dimension) -> tuple[float, float]:
-    """The lowest and the highest value."""
-    if isinstance(dimension, Choice):
-        return 0, dimension.count - 1
-    return dimension.low, dimension.high
 
 
 def _is_recipe(entry: Mapping[str, Any]) -> bool:

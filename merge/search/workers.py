@@ -18,12 +18,13 @@ from typing import Protocol
 
 from merge.errors import MergetoolError, PlanError, RunError
 from merge.search.ledger import ENDED
+from merge.search.opening import joined
 from merge.search.signs import PAUSE, own_name
-from merge.search.study import Placing, Setup, Study, Told, joined
+from merge.search.study import Placing, Setup, Study, Told
 from merge.sections import parse_size
 
 LOADED = (  # once, by the process that workers are forked from
-    "merge.search.study",
+    "merge.search.opening",
     "torch",
     "transformers",
     "lm_eval.tasks",

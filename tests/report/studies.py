@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from merge.search.ledger import DONE, FAILED, Candidate, Ledger
-from merge.search.study import DATABASE, NAME
+from merge.search.opening import DATABASE, NAME
 
 PARENTS = ("hub/left", "hub/right")
 Scoring = Callable[[float, float], Mapping[str, float]]  # two weights -> mean by task

@@ -23,7 +23,7 @@ from merge.report.pictures import INK
 from merge.report.study import Search, label_of, read_search, short_names
 from merge.report.study_page import report_on
 from merge.search.ledger import Ledger
-from merge.search.study import NAME
+from merge.search.opening import NAME
 
 Command = Callable[..., Ran]
 HOSTILE = (

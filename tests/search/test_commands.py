@@ -12,8 +12,8 @@ import yaml
 from ran import Ran
 from tiny_suite import tiny_suite
 
+from merge.search.opening import read_space
 from merge.search.space import Choice
-from merge.search.study import read_space
 from merge.shipped import shipped
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ from merge.recipe import parse_recipe
 from merge.search.front import values_of
 from merge.search.genome import converted
 from merge.search.ledger import DONE
+from merge.search.opening import open_study, read_space
 from merge.search.space import Dimension, Real, Space
-from merge.search.study import open_study, read_space
 
 TASKS: dict[str, Any] = {"tasks": [{"name": "arc_easy"}]}
 LAYERS = 12

@@ -16,8 +16,8 @@ from tiny_suite import tiny_suite
 
 from merge.search.ledger import Candidate
 from merge.search.live import LiveModel
+from merge.search.outcome import Outcome
 from merge.search.panel import Panel
-from merge.search.study import Outcome
 
 TRIALS, KILLS, SEED = 8, 20, 11
 MOMENTS = 250  # at most between two kills: about what two candidates have

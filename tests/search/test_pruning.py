@@ -9,10 +9,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_search import searched
 from tiny_suite import tiny_suite
 
 from merge.errors import RequestError
 from merge.search.ledger import DONE, PRUNED, Candidate
+from merge.search.opening import open_study
 from merge.search.panel import panels
 from merge.search.pruning import (
     BLOCKS,
@@ -22,7 +24,6 @@ from merge.search.pruning import (
     chance_of_less,
     is_hopeless,
 )
-from merge.search.study import Outcome, open_study
 from merge.search.workers import on_this_machine
 
 SPECIALISTS = ("zoo:reverser", "zoo:sorter", "zoo:chemist", "zoo:scribe")
@@ -97,12 +98,6 @@ def written(folder: Path, suite: Path, trials: int, **study: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "r.yaml").write_text(yaml.safe_dump(data, sort_keys=False))
     return folder / "r.yaml"
-
-
-def searched(file: Path) -> tuple[list[Candidate], Outcome]:
-    with open_study(file, file.parent / "study") as study:
-        outcome = study.run()
-        return study.ledger.all(), outcome
 
 
 def facts(candidates: list[Candidate]) -> list[tuple[Any, ...]]:

@@ -13,7 +13,8 @@ from tiny_suite import tiny_suite
 
 from merge.search.cluster import on_ray
 from merge.search.ledger import Candidate
-from merge.search.study import Study, Told, open_study
+from merge.search.opening import open_study
+from merge.search.study import Study, Told
 
 ROOT = Path(__file__).parents[2]
 TRIALS = 8

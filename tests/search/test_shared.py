@@ -20,7 +20,8 @@ from tiny_search import check_whole, facts, searched, written
 from tiny_suite import tiny_suite
 
 from merge.search.ledger import Candidate, Ledger
-from merge.search.study import Study, open_study
+from merge.search.opening import open_study
+from merge.search.study import Study
 
 TRIALS, RUNS, KILLS, SEED = 8, 4, 20, 7
 SILENT = 2.0  # seconds after which a killed run counts as gone here

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_search import searched
 from tiny_suite import tiny_suite
 
 from merge.errors import RequestError
-from merge.search.ledger import Candidate
-from merge.search.study import Outcome, open_study
+from merge.search.opening import open_study
 
 TIES = {
     "base_model": "zoo:base",
@@ -38,12 +38,6 @@ def written(folder: Path, suite: Path, start: list[Any], trials: int = 4) -> Pat
     file = folder / "r.yaml"
     file.write_text(yaml.safe_dump(space | {"study": study}, sort_keys=False))
     return file
-
-
-def searched(file: Path) -> tuple[list[Candidate], Outcome]:
-    with open_study(file, file.parent / "study") as study:
-        outcome = study.run()
-        return study.ledger.all(), outcome
 
 
 def test_recipes_come_first_then_values_then_what_is_drawn(tmp_path: Path, suite: Path) -> None:

@@ -26,8 +26,10 @@ from merge.recipe import parse_recipe
 from merge.score import lm_of
 from merge.search.ledger import DONE, FAILED, Candidate
 from merge.search.live import LiveModel, Shells
+from merge.search.opening import open_study
+from merge.search.outcome import Outcome
 from merge.search.panel import Panel
-from merge.search.study import Outcome, Study, open_study
+from merge.search.study import Study
 from merge.shipped import shipped
 
 ZOO = shipped("evals/zoo")

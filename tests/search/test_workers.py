@@ -15,7 +15,8 @@ from tiny_suite import tiny_suite
 
 from merge.errors import RequestError, RunError
 from merge.search.ledger import ENDED, RUNNING, Candidate, Ledger
-from merge.search.study import Study, Told, open_study
+from merge.search.opening import open_study
+from merge.search.study import Study, Told
 from merge.search.workers import Process, forked, shared_out, watch
 
 ROOT = Path(__file__).parents[2]

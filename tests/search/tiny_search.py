@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 
 from merge.search.ledger import Candidate
-from merge.search.study import Outcome, Study, open_study
+from merge.search.opening import open_study
+from merge.search.outcome import Outcome
+from merge.search.study import Study
 
 SPECIALISTS = ("zoo:reverser", "zoo:sorter")
 BASELINES = 3  # two parents and their average
@@ -30,9 +32,12 @@ def written(folder: Path, suite: Path, trials: int = 4, **recipe: Any) -> Path:
 
 
 def searched(
-    file: Path, folder: Path, tell: Callable[[Candidate, Study], None] = lambda c, s: None
+    file: Path,
+    folder: Path | None = None,
+    tell: Callable[[Candidate, Study], None] = lambda c, s: None,
 ) -> tuple[list[Candidate], Outcome]:
-    with open_study(file, folder) as study:
+    """folder: of the study; by default `study` beside the recipe."""
+    with open_study(file, folder or file.parent / "study") as study:
         outcome = study.run(tell)
         return study.ledger.all(), outcome
 

@@ -360,7 +360,9 @@ def _compared_reading(folder: Path, like: Path) -> dict[str, list[str]]:
             for f in (folder, like)
         ]
         unlike = any(both[0](text).input_ids != both[1](text).input_ids for text in TEXTS)
-    except Exception:  # no tokenizer, or whatever reading strange files raises
+    except (
+        Exception
+    ):  # no tokenizer; for files that it cannot read `tokenizers` raises a plain Exception
         return {}
     if not unlike:
         return {}

@@ -135,6 +135,8 @@ def _tokenizer(model: Model) -> str:
         found = AutoTokenizer.from_pretrained(
             model.folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception:  # no files of a tokenizer, or whatever reading strange ones raises
+    except (
+        Exception
+    ):  # no tokenizer; for files that it cannot read `tokenizers` raises a plain Exception
         return ""
     return str(type(found).__name__)

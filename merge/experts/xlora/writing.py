@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from merge.adapters.file import GrowingFile
 from merge.adapters.journal import Journal, Run, Tensor
-from merge.carry import CARD, input_sizes, own_version, resolved
+from merge.carry import CARD, resolved, told_plan
 from merge.disk import digest_of
 from merge.experts.xlora.folder import EXPERTS, WEIGHT, part_of
 from merge.experts.xlora.loading import check_loading
 from merge.finite import check_input
 from merge.numerics import Raw, grains
-from merge.plan import FORMAT, Operand, Plan, Step
+from merge.plan import Operand, Plan, Step
 from merge.reader import Reader
 from merge.sources import TensorInfo
 from merge.sources.model import ADAPTER, ADAPTER_WEIGHTS, ZOO, Model
@@ -138,13 +137,7 @@ def _provenance(
         f"{part}/{file}" if part else file for part in files for file in (ADAPTER_WEIGHTS, ADAPTER)
     ]
     data = {
-        "format": FORMAT,
-        "plan": plan.digest,
-        "versions": {"mergetool": own_version(), "numpy": np.__version__},
-        "recipe": resolved(plan),
-        "inputs": inputs,
-        "input_sizes": input_sizes(plan, stamps),
-        "notes": plan.notes,
+        **told_plan(plan, inputs, stamps),
         "files": {name: file_digest(folder / name) for name in sorted(names)},
     }
     return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,182 @@
+"""From a recipe that may vary to its study: what can be wrong is found before anything is written."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from merge.agreement import canonical
+from merge.errors import OutputError, RequestError
+from merge.lines import Lines, load_documents, nearest
+from merge.score import check_installed
+from merge.search.asking import sampler_for
+from merge.search.automerger import expanded
+from merge.search.front import unknown_tasks
+from merge.search.genome import converted, layers_of
+from merge.search.ledger import Ledger
+from merge.search.parents import check_parents, parents_facts
+from merge.search.scoring import Scorer
+from merge.search.sections import OF_SEVERAL, StudySection
+from merge.search.space import Space, varying
+from merge.search.starts import check_starts, with_recipes
+from merge.search.study import Setup, Study, check_plans
+from merge.search.tried import parents_of
+from merge.sections import read_section
+from merge.sources.model import Model
+from merge.write import writing
+
+DATABASE, LOCK = "study.db", "study.lock"
+NAME = "study"  # in a database of its own: it may be moved
+LONGER = {"trials", "minutes", "documents", "top"}  # what a study may go on with otherwise
+ASKED_BY = ("optuna", "cmaes")
+
+
+@contextmanager
+def open_study(
+    file: Path,
+    folder: Path,
+    *,
+    memory: str = "512MiB",
+    threads: int | None = None,
+    offline: bool = False,
+    changes: Mapping[str, Any] | None = None,
+    sampler: str | None = None,
+    url: str | None = None,
+) -> Iterator[Study]:
+    """The study of a recipe that may vary, in `folder` alone as long as it is open; raises RequestError.
+
+    folder: keeps its database, and is made once the recipe is known to be right. changes: to its `study`
+    section. sampler: where that names none; None: one that suits what varies. url: of a database that runs on
+    this machine and others share, in the place of the folder's.
+    """
+    here = f"sqlite:///{folder.absolute() / DATABASE}"
+    setup = Setup(
+        file, changes or {}, sampler, memory, threads, offline, url or here, url is not None, Path.cwd()
+    )  # fmt: skip
+    prepared = _prepared(setup)
+    with nullcontext() if url else _alone(folder):
+        yield _entered(setup, *prepared)
+
+
+def joined(setup: Setup) -> Study:
+    """The same study, opened by one of its workers; raises RequestError where it is another one here."""
+    return _entered(setup, *_prepared(setup))
+
+
+def _prepared(setup: Setup) -> tuple[Space, StudySection, Scorer]:
+    """Everything that can be wrong with a search is found here; nothing is written."""
+    space, section = read_space(setup.file, setup.changes, setup.sampler, offline=setup.offline)
+    _check_search_installed()
+    scorer = Scorer(setup.file, section, setup.memory, setup.threads, setup.offline)
+    _check_objectives(section, scorer, space.lines)
+    check_plans(space, scorer, setup.memory, setup.threads)
+    return space, section, scorer
+
+
+def _entered(setup: Setup, space: Space, section: StudySection, scorer: Scorer) -> Study:
+    """The study with its ledger; raises RequestError where that is of another search, or of other parents."""
+    kept = section.model_dump(mode="json", exclude=LONGER)
+    documents = {name: panel.digest for name, panel in scorer.panels.items()}
+    facts = {"recipe": space.data, "study": kept, "documents": documents}
+    digest = hashlib.sha256(canonical(facts).encode()).hexdigest()
+    name = f"{setup.file.stem[:100]}-{digest[:12]}" if setup.shared else NAME
+    ledger = Ledger.open(setup.url, name, digest, facts | {"begun_with": _versions()})
+    models = _parents(space, scorer)
+    if "parents" not in ledger.facts():
+        ledger.remember(parents_facts(models))
+    check_parents(models, ledger.facts(), f"study {name!r}")
+    return Study(setup, space, section, ledger, scorer)
+
+
+def _parents(space: Space, scorer: Scorer) -> dict[str, Model]:
+    """The models that are merged, by label; one that cannot be opened will fail as a candidate."""
+    for label in parents_of(space.data):
+        with suppress(RequestError):
+            scorer.plan({"model": label})
+    return dict(scorer.opened)
+
+
+def read_space(
+    file: Path, changes: Mapping[str, Any], sampler: str | None, *, offline: bool = False
+) -> tuple[Space, StudySection]:
+    """What of a recipe varies, and its `study` section with these changes; raises RequestError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise RequestError(f"{file}: cannot be read: {reason}") from None
+    (data, lines), *more = load_documents(text, str(file))
+    if more:
+        raise RequestError(f"{file}: has several documents; a search is one")
+    if "preset" in data:
+        data = expanded(data, lines)
+    if "genome" in data:
+        data = converted(data, lines, partial(layers_of, beside=file.parent, offline=offline))
+    given = data.pop("study", None)
+    if given is not None and not isinstance(given, dict):
+        raise lines.error(("study",), "study must be a table of keys")
+    section = read_section(StudySection, {**(given or {}), **changes}, lines, ("study",))
+    if varying(data) is None:
+        what = "nothing in it may vary; put {search: [low, high]} in the place of a value"
+        raise lines.error((), what)
+    space = Space(data, lines)
+    dimensions = {dimension.name: dimension for dimension in space.dimensions()}
+    section = with_recipes(section, file, lines)
+    check_starts(section, dimensions, lines)
+    several = len(section.objectives)
+    chosen = section.sampler or sampler or sampler_for(space, several)
+    if several > 1 and section.prune:
+        what = "prune and several objectives are both given; worse in one may be better in another"
+        raise lines.error(("study", "prune"), what)
+    if several > 1 and chosen not in OF_SEVERAL:
+        what = f"sampler is {chosen}, which knows one objective; with several it must be one of"
+        raise lines.error(("study", "sampler"), f"{what} {', '.join(OF_SEVERAL)}")
+    return space, section.model_copy(update={"sampler": chosen})
+
+
+def _check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> None:
+    known = list(scorer.panels["dev"].metrics)
+    for i, task in unknown_tasks(section, known):
+        what = f"the suite has no task {task!r} that is searched on{nearest(task, known)}"
+        allowed = f"there are {', '.join(known)}"
+        raise lines.error(("study", "objectives", i), f"objectives: {what}; {allowed}")
+
+
+def _check_search_installed() -> None:
+    """Raises RequestError where a library is missing."""
+    for name in (*ASKED_BY, "sqlalchemy"):
+        if find_spec(name) is None:
+            raise RequestError(f"a search needs {name}; install mergetool[search,eval]")
+    check_installed()
+
+
+def _versions() -> str:
+    found = []
+    for name in ASKED_BY:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(name)
+    return ", ".join(found)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds its lock; raises OutputError where another run has it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        what = "another run searches there; wait for it or choose another --output"
+        raise OutputError(f"{folder}: {what}") from None
+    finally:
+        os.close(lock)

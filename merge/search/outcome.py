@@ -1,0 +1,112 @@
+"""What came of a search: the best of it, their rivals, and the comparison on documents that chose nothing."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from merge.search.front import objectives_of, values_of
+from merge.search.ledger import Candidate
+from merge.search.sections import StudySection
+from merge.search.verdict import Values, Verdict, error_of
+from merge.write import writing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`top`: the best on dev, best first; `rivals`: parents and average. `val`, `test`: what came of them
+    there, by number. `verdict`: None where no parent could be scored. `failed`: reasons by number. `winners`:
+    how many different ones test has been looked at for, this one included.
+
+    Of several objectives `top` is the front, and the winner has the best mean of them on val. `kin`: what is
+    told of the ancestors that models of a candidate share, by number. `saved`: documents that those were not
+    asked that were given up, by number.
+    """
+
+    winner: Candidate
+    top: tuple[Candidate, ...]
+    rivals: tuple[Candidate, ...]
+    val: Mapping[int, Mapping[str, Any]]
+    test: Mapping[int, Mapping[str, Any]]
+    verdict: Verdict | None
+    failed: Mapping[int, str]
+    winners: int = 1
+    section: StudySection = field(default_factory=StudySection)
+    kin: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    saved: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def average_is_as_good(self) -> bool:
+        """Whether the average, which nobody had to search for, has as high a mean on test."""
+        means = [self.test[c.number]["mean"] for c in self.rivals if c.origin == "average"]
+        return any(mean >= self.test[self.winner.number]["mean"] for mean in means)
+
+    def as_json(self) -> dict[str, Any]:
+        """What came out, as JSON can tell it."""
+        verdict = self.verdict
+        return {
+            "winner": self._told(self.winner),
+            "top": [self._told(candidate) for candidate in self.top],
+            "rivals": [self._told(candidate) for candidate in self.rivals],
+            "failed": {str(number): reason for number, reason in self.failed.items()},
+            "saved": {str(number): count for number, count in self.saved.items()},
+            "average_is_as_good": self.average_is_as_good,
+            "winners_tested": self.winners,
+            "verdict": asdict(verdict) | {"words": verdict.words} if verdict else None,
+        }
+
+    def _told(self, candidate: Candidate) -> dict[str, Any]:
+        number = candidate.number
+        splits = {
+            "dev": candidate.scores,
+            "val": self.val.get(number),
+            "test": self.test.get(number),
+        }
+        return {
+            "number": number,
+            "origin": candidate.origin,
+            "recipe": candidate.recipe,
+            **({"kin": list(kin)} if (kin := self.kin.get(number)) else {}),
+            **{name: self._figures(scores) for name, scores in splits.items() if scores},
+        }
+
+    def _figures(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        shares = {key: scores[key] for key in ("truncated", "empty", "alike")}
+        figures = {"mean": scores["mean"], "stderr": errors_of(scores), **shares}
+        objectives = self.objectives(scores)
+        return figures | ({"objectives": objectives} if objectives else {})
+
+    def objectives(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        """What a candidate reaches in each; {} where there are none, or the split has other tasks."""
+        objectives = objectives_of(self.section)
+        if any(task not in scores["tasks"] for tasks in objectives.values() for task in tasks):
+            return {}
+        return dict(zip(objectives, values_of(self.section, scores), strict=bool(objectives)))
+
+    def save(self, folder: Path) -> None:
+        """Writes outcome.json and recipes/candidate-N.yaml of the best; raises WriteError."""
+        place = folder / "recipes"
+        with writing(folder):
+            place.mkdir(parents=True, exist_ok=True)
+            for former in place.glob("candidate-*.yaml"):
+                former.unlink(missing_ok=True)  # two runs of one study may save the same
+            for candidate in self.top:
+                text = yaml.safe_dump(dict(candidate.recipe), sort_keys=False, allow_unicode=True)
+                file = place / f"candidate-{candidate.number}.yaml"
+                file.write_text(text, encoding="utf-8")
+            text = json.dumps(self.as_json(), indent=1, ensure_ascii=False)
+            (folder / "outcome.json").write_text(text + "\n", encoding="utf-8")
+
+
+def errors_of(scores: Mapping[str, Any]) -> float:
+    """Standard error of a candidate's mean."""
+    return error_of(arrays_of(scores))
+
+
+def arrays_of(scores: Mapping[str, Any]) -> dict[str, Values]:
+    """Values per document, [documents] by task."""
+    return {task: np.array(values, np.float64) for task, values in scores["values"].items()}
