@@ -9,6 +9,7 @@ from typing import Any
 
 from merge.numerics import combined_digest
 from merge.plan import Plan
+from merge.printing import printable
 from merge.sources.model import Model
 from merge.verify import PROVENANCE
 
@@ -106,7 +107,7 @@ def _told(provenance: Mapping[str, Any], depth: int = 0) -> Iterator[Ancestor]:
 def _ancestor(entry: Mapping[str, Any]) -> Ancestor:
     commit, digest, tensors = (entry.get(key) for key in ("commit", "digest", "tensors"))
     return Ancestor(
-        entry["model"],
+        printable(entry["model"]),
         commit if isinstance(commit, str) else None,
         digest if isinstance(digest, str) else "",
         tensors if isinstance(tensors, int) else 0,
@@ -118,6 +119,7 @@ def _provenance(model: Model) -> dict[str, Any] | None:
     file = Path(model.folder, PROVENANCE)
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(told, ensure_ascii=False).encode()  # as the provenance of a merge will repeat it
     except (OSError, ValueError, RecursionError):
         return None
     return told if isinstance(told, dict) else None

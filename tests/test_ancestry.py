@@ -84,12 +84,22 @@ def test_a_model_is_known_by_its_tensors_and_not_by_the_name_of_its_folder(
     [
         *("", "[]", '{"inputs": 3}', '{"inputs": [3, {"model": 4}], "ancestry": [1]}', "[" * 9999),
         json.dumps({"ancestry": {"a": {"inputs": None}}, "outputs": {"w": 3}, "inputs": [{}]}),
+        json.dumps({"inputs": [{"model": "\ud800"}], "ancestry": {"\ud800": {}}}),
+        json.dumps({"outputs": {"\ud800": {"digest": "\ud800"}}}),
     ],
 )
 def test_a_damaged_provenance_tells_nothing(tmp_path: Path, family: Path, text: str) -> None:
     shutil.copytree(shipped("evals/zoo/sorter"), tmp_path / "odd")
     (tmp_path / "odd" / PROVENANCE).write_text(text)
     assert told(tmp_path, tmp_path / "odd", family / "x") == []
+
+
+def test_names_that_others_wrote_do_not_move_the_cursor(tmp_path: Path) -> None:
+    text = json.dumps({"inputs": [{"model": "\x1b[2Jhidden\n"}]})
+    for name in "ab":
+        shutil.copytree(shipped("evals/zoo/sorter"), tmp_path / name)
+        (tmp_path / name / PROVENANCE).write_text(text)
+    assert told(tmp_path, tmp_path / "a", tmp_path / "b") == ["a and b both come from ?[2Jhidden?"]
 
 
 def test_the_plan_says_it_and_what_is_written_can_be_verified(

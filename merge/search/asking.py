@@ -31,8 +31,10 @@ class Asker:
         directions = ["maximize"] * max(1, len(section.objectives))
         self._study = optuna.create_study(directions=directions, sampler=_sampler(space, section))
         self._drawn = _by_shares(space) if section.sampler == "random" else {}
-        for values in start_values(section):
+        starts = start_values(section)
+        for values in starts:
             self._study.enqueue_trial(self._placed(values))
+        self._queued = len(starts)  # that the optimiser takes before a point of a grid
         self._grid = _grid(space) if section.sampler == "grid" else None
         self._open: dict[int, Any] = {}
         self._known: dict[str, tuple[float, ...] | None] = {}
@@ -99,6 +101,9 @@ class Asker:
         if self._grid is None:
             yield from itertools.repeat(None, AGAIN)
             return
+        while self._queued:
+            self._queued -= 1
+            yield
         for values in self._grid:
             self._study.enqueue_trial(values)
             yield
@@ -188,4 +193,4 @@ def _points(dimension: Dimension) -> Sequence[float]:
         return range(int(low), int(high) + 1)
     if dimension.log:
         return [min(low * (high / low) ** (i / parts), high) for i in range(STEPS)]
-    return [low + (high - low) * i / parts for i in range(STEPS)]
+    return [min(low + (high - low) * i / parts, high) for i in range(STEPS)]

@@ -131,6 +131,9 @@ def read_space(
     check_starts(section, dimensions, lines)
     several = len(section.objectives)
     chosen = section.sampler or sampler or sampler_for(space, several)
+    if several == 1 and section.prune:
+        what = "prune and objectives are both given; candidates are given up by the mean over all tasks"
+        raise lines.error(("study", "prune"), what)
     if several > 1 and section.prune:
         what = "prune and several objectives are both given; worse in one may be better in another"
         raise lines.error(("study", "prune"), what)

@@ -7,7 +7,7 @@ from typing import Any
 from merge.errors import RequestError
 from merge.lines import Lines, load_documents
 from merge.search.sections import StudySection
-from merge.search.space import Dimension, ends, varying
+from merge.search.space import Dimension, Real, ends, varying
 
 START = "start"  # the origin of a candidate whose recipe was given, with its number from 1
 OF_NO_RECIPE = ("study", "adapter", "score", "output")  # keys that a recipe loses when it is tried
@@ -82,3 +82,5 @@ def _check_values(
         low, high = ends(dimensions[name])
         if not low <= value <= high:
             raise lines.error(at, f"start: {name} is {value}; it must be from {low} to {high}")
+        if not isinstance(dimensions[name], Real) and not float(value).is_integer():
+            raise lines.error(at, f"start: {name} is {value}; it must be a whole number")

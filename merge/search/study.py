@@ -159,8 +159,8 @@ class Study:
 
     def _tried(self, candidate: Candidate, worker: str) -> Candidate:
         """A candidate scored, or failed with its reason."""
+        bar = bar_for(candidate, self.ledger.all(), self.section)
         try:
-            bar = bar_for(candidate, self.ledger.all(), self.section)
             scores, seconds = self.scorer.scored(candidate.recipe, bar=bar)
         except Exception as error:  # of a library too: one candidate is no reason to end a search
             known = isinstance(error, MergetoolError)
@@ -191,7 +191,8 @@ class Study:
         winner = best(found)
         parents = [c for c in rivals if c.origin.startswith("parent")]
         test = self._looked_at([winner, *rivals], "test")
-        winners = sum(is_searched(every[number].origin) for number in self.ledger.looks("test"))
+        looks = self.ledger.looks("test")  # of other runs too, which may have asked for more by now
+        winners = sum(is_searched(c.origin) and c.number in looks for c in self.ledger.all())
         verdict = None
         if parents:
             rival = best(parents)

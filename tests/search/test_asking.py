@@ -10,7 +10,7 @@ from merge.lines import load_documents
 from merge.search.asking import Asker, sampler_for
 from merge.search.ledger import DONE, FAILED, Candidate
 from merge.search.sections import StudySection
-from merge.search.space import Space
+from merge.search.space import Space, ends
 from merge.search.tried import digest_of
 
 NUMBERS = "a: {search: [0.0, 1.0]}\nb: {search: [0.1, 2.0], log: true}\nc: {search: [-1.0, 1.0]}"
@@ -167,3 +167,17 @@ def test_the_optimiser_suits_what_varies() -> None:
     assert sampler_for(space_of(MIXED)) == "tpe"
     assert sampler_for(space_of("a: {search: [0, 1]}")) == "tpe"
     assert sampler_for(space_of(NUMBERS), 2) == "nsga-ii"
+
+
+@pytest.mark.parametrize("text", [NUMBERS, MIXED])
+def test_a_grid_that_begins_with_values_still_has_every_combination(text: str) -> None:
+    space = space_of(text)
+    every = {c.digest for c in asked(space, StudySection(sampler="grid"), 10_000)}
+    first = {d.name: float(ends(d)[1]) for d in space.dimensions()}
+    found = asked(space, StudySection(sampler="grid", start=[first]), 10_000)
+    assert {c.digest for c in found} >= every
+
+
+def test_no_point_of_a_grid_is_above_the_highest() -> None:
+    space = space_of("a: {search: [-0.1, 0.2]}")
+    assert max(c.asked["a"] for c in asked(space, StudySection(sampler="grid"), 9)) == 0.2

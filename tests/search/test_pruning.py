@@ -154,6 +154,16 @@ def test_several_objectives_and_giving_up_are_refused_together(tmp_path: Path, s
         pass
 
 
+def test_one_objective_and_giving_up_are_refused_together(tmp_path: Path, suite: Path) -> None:
+    """All tasks count alike where candidates are given up."""
+    file = written(tmp_path, suite, 4, prune=True, objectives=["quickstart_search_sort"])
+    with (
+        pytest.raises(RequestError, match="prune and objectives are both given"),
+        open_study(file, tmp_path / "study"),
+    ):
+        pass
+
+
 def test_whoever_tries_a_candidate_measures_it_against_the_same(
     tmp_path: Path, suite: Path
 ) -> None:
