@@ -146,14 +146,25 @@ def exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
     n = shifted - WHOLE
     rest = x - n * LN2[0]
     rest -= n * LN2[1]
-    out = rest * (1.0 / math.factorial(13))
-    out += 1.0 / math.factorial(12)
-    for k in range(11, -1, -1):
-        out *= rest
-        out += 1.0 / math.factorial(k)
+    square = rest * rest
+    out = _powers(square, 13)
+    out *= rest
+    out += _powers(square, 12) * square
+    out += 1.0
     out *= ((shifted.view(np.uint64) + 1023) << 52).view(
         np.float64
     )  # the exponent's bits: n + bias
+    return out
+
+
+def _powers(square: NDArray[np.float64], last: int) -> NDArray[np.float64]:
+    """The terms x**k / k! of every other power, 1 or 2 to `last`, divided by the first power; from x**2.
+    Of odd and of even powers these are two chains, of which none waits for the other."""
+    out = square * (1.0 / math.factorial(last))
+    out += 1.0 / math.factorial(last - 2)
+    for k in range(last - 4, 0, -2):
+        out *= square
+        out += 1.0 / math.factorial(k)
     return out
 
 
