@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge.agreement import canonical
+from merge.methods import Method, all_methods
 
 ABOUT_FILES = ("output", "name", "score")  # of no effect on what a candidate is
 
@@ -16,8 +17,11 @@ def digest_of(recipe: Mapping[str, Any]) -> str:
 
 
 def parents_of(data: Mapping[str, Any]) -> list[str]:
-    """Every model that a search may merge, once, in the order of the document; not what is only a base."""
-    return list(dict.fromkeys(_models(data)))
+    """Every model that a search may merge, once, in the order of the document; a base where a method may
+    merge it, not where it only is what task vectors are taken from."""
+    methods = [all_methods().get(name) for name in _named(data, "merge_method")]
+    bases = _named(data, "base_model") if any(map(_merges_its_base, methods)) else ()
+    return list(dict.fromkeys([*bases, *_models(data)]))
 
 
 def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -33,6 +37,22 @@ def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(base := data.get("base_model"), str) and about_tokens:
             average["base_model"] = base
         yield "average", average | common | about_tokens
+
+
+def _merges_its_base(method: Method | None) -> bool:
+    """Whether it goes from the base to one other model."""
+    return method is not None and (
+        method.base == "first" or (method.base == "required" and method.models == (1, 1))
+    )
+
+
+def _named(value: Any, key: str) -> Iterator[str]:
+    """The texts under `key`, anywhere."""
+    if isinstance(value, dict):
+        yield from _texts(value.get(key))
+        value = list(value.values())
+    for each in value if isinstance(value, list) else ():
+        yield from _named(each, key)
 
 
 def _models(value: Any) -> Iterator[str]:
@@ -52,7 +72,7 @@ def _models(value: Any) -> Iterator[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """A model, or those of a choice."""
+    """A name, or those of a choice."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
