@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FAILURES = 3  # that are told
 WIDTH = 78  # of the line that tells how far a search is
+EVERY = 30  # seconds between such lines where they stay, as in a log
+LEGEND = "mean ± standard error, per cent; dev was searched on, val chose the winner (*), test chose nothing"
 OUTPUT = click.option(
     "-o",
     "--output",
@@ -109,7 +111,7 @@ def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> Non
     if given["as_json"]:
         click.echo(json.dumps(outcome.as_json(), indent=1))
         return
-    click.echo(leaderboard(outcome))
+    click.echo(f"{leaderboard(outcome)}\n{LEGEND}")
     for number, notes in outcome.kin.items():
         for note in notes:
             click.echo(f"note: candidate {number}: {note}", err=True)
@@ -117,22 +119,21 @@ def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> Non
         click.echo(f"note: candidate {number} failed: {reason}", err=True)
     if len(outcome.failed) > FAILURES:
         click.echo(f"note: {len(outcome.failed)} failed; outcome.json has the reasons", err=True)
-    if outcome.saved:
+    if outcome.section.prune:
         documents = sum(outcome.saved.values())
-        click.echo(f"{len(outcome.saved)} candidates were given up, {documents} documents saved")
+        click.echo(f"candidates given up: {len(outcome.saved)}, documents saved: {documents}")
     if len(outcome.section.objectives) > 1:
-        many = f"{len(outcome.top)} candidates that no other one beats in all objectives"
-        click.echo(f"{many}; * has the best mean of them on val")
+        click.echo(f"candidates that no other one beats in all objectives: {len(outcome.top)}")
     if outcome.verdict:
         click.echo(outcome.verdict.words)
     if outcome.winners > 1:
-        what = (
-            f"test was looked at for {outcome.winners} winners of this study, one after the other"
-        )
-        click.echo(f"{what}; the last is a little worse than it looks there")
+        what = f"this study has had {outcome.winners} winners, and each was measured on test"
+        click.echo(f"{what}; who goes on until test looks good has chosen by it")
     if outcome.average_is_as_good:
         click.echo("the plain average of its parents is as good or better there")
-    click.echo(f"{folder}: {len(outcome.top)} recipes in {folder / 'recipes'}")
+    click.echo(
+        f"recipes of the best, for `mergetool run RECIPE --output FOLDER`: {folder / 'recipes'}"
+    )
 
 
 def _placing(workers: int | None, ray: str | None) -> "Placing | None":
@@ -150,34 +151,40 @@ def _placing(workers: int | None, ray: str | None) -> "Placing | None":
 
 @contextmanager
 def _told_live(quiet: bool) -> "Iterator[Callable[[Candidate, Study], None]]":
-    """A line that tells how far the search is while it is: the best so far, the rate, the time left."""
+    """A line that tells how far the search is while it is: the best so far, the rate, the time left. It is
+    one line of a terminal; elsewhere there is another one now and then."""
     import sys
     import time
 
     from merge.search.ledger import DONE
     from merge.search.starts import is_searched
 
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         yield lambda candidate, study: None
         return
-    started, count = time.monotonic(), 0
+    terminal, started, count = sys.stderr.isatty(), time.monotonic(), 0
+    last = started
     best = {True: float("-inf"), False: float("-inf")}  # of what is searched, of the baselines
 
     def tell(candidate: "Candidate", study: "Study") -> None:
-        nonlocal count
+        nonlocal count, last
         count += 1
         searched = is_searched(candidate.origin)
         if candidate.scores and candidate.state == DONE:
             best[searched] = max(best[searched], candidate.scores["mean"])
-        rate = 60 * count / (time.monotonic() - started)
+        now = time.monotonic()
+        if not terminal and now - last < EVERY:
+            return
+        last, rate = now, 60 * count / (now - started)
         told = f"best {_points(best[True])}, baselines {_points(best[False])}, {rate:.0f} a minute"
         said = f"candidate {candidate.number}: {told}, {study.left() / rate:.1f} min left"
-        click.echo(f"\r{said:<{WIDTH}}", nl=False, err=True)
+        click.echo(f"\r{said:<{WIDTH}}" if terminal else said, nl=not terminal, err=True)
 
     try:
         yield tell
     finally:
-        click.echo(f"\r{'':<{WIDTH}}\r", nl=False, err=True)
+        if terminal:
+            click.echo(f"\r{'':<{WIDTH}}\r", nl=False, err=True)
 
 
 def _points(mean: float) -> str:

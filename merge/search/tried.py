@@ -1,11 +1,11 @@
 """Recipes that a search tries: what stands for one, and those that it tries whatever it finds."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from merge.agreement import canonical
-from merge.methods import Method, all_methods
+from merge.methods import all_methods
 
 ABOUT_FILES = ("output", "name", "score")  # of no effect on what a candidate is
 
@@ -19,9 +19,7 @@ def digest_of(recipe: Mapping[str, Any]) -> str:
 def parents_of(data: Mapping[str, Any]) -> list[str]:
     """Every model that a search may merge, once, in the order of the document; a base where a method may
     merge it, not where it only is what task vectors are taken from."""
-    methods = [all_methods().get(name) for name in _named(data, "merge_method")]
-    bases = _named(data, "base_model") if any(map(_merges_its_base, methods)) else ()
-    return list(dict.fromkeys([*bases, *_models(data)]))
+    return list(dict.fromkeys([*_merged_bases(data), *_models(data)]))
 
 
 def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -39,20 +37,29 @@ def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "average", average | common | about_tokens
 
 
-def _merges_its_base(method: Method | None) -> bool:
-    """Whether it goes from the base to one other model."""
+def _merged_bases(
+    value: Any, methods: Sequence[str] = (), bases: Sequence[str] = ()
+) -> Iterator[str]:
+    """The bases of methods that go from there to another model; what is within has the `methods` and the
+    `bases` of what it is in, unless it names its own."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _merged_bases(each, methods, bases)
+    if not isinstance(value, dict):
+        return
+    methods = list(_texts(value.get("merge_method"))) or methods
+    bases = list(_texts(value.get("base_model"))) or bases
+    if "variants" not in value and any(map(_merges_its_base, methods)):
+        yield from bases
+    for each in value.values():
+        yield from _merged_bases(each, methods, bases)
+
+
+def _merges_its_base(name: str) -> bool:
+    method = all_methods().get(name)
     return method is not None and (
         method.base == "first" or (method.base == "required" and method.models == (1, 1))
     )
-
-
-def _named(value: Any, key: str) -> Iterator[str]:
-    """The texts under `key`, anywhere."""
-    if isinstance(value, dict):
-        yield from _texts(value.get(key))
-        value = list(value.values())
-    for each in value if isinstance(value, list) else ():
-        yield from _named(each, key)
 
 
 def _models(value: Any) -> Iterator[str]:

@@ -90,7 +90,7 @@ def test_the_table_has_the_best_the_parents_and_their_average(
     assert first[2:] == [*4 * ["parent"], "average"]
     assert sum(" * " in line for line in lines) == 1
     assert "the best parent" in ran.out
-    assert lines[-1] == "study: 2 recipes in study/recipes"
+    assert lines[-1].endswith("study/recipes")
     assert ran.err == ""
 
 

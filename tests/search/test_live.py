@@ -5,10 +5,15 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from tiny_suite import tiny_suite
+
+Command = Callable[..., Any]
 
 
 def on_a_terminal(*arguments: str) -> str:
@@ -28,20 +33,35 @@ def on_a_terminal(*arguments: str) -> str:
     return told.decode()
 
 
-def test_the_line_tells_best_rate_and_time_left_and_is_gone_in_the_end(tmp_path: Path) -> None:
+def small_search(folder: Path) -> Path:
     recipe = {
         "merge_method": "linear",
         "models": [
             {"model": "zoo:reverser", "parameters": {"weight": {"search": [0.1, 1.0]}}},
             {"model": "zoo:sorter", "parameters": {"weight": 0.5}},
         ],
-        "study": {"suite": str(tiny_suite(tmp_path / "suite")), "trials": 2, "limit": 3},
+        "study": {"suite": str(tiny_suite(folder / "suite")), "trials": 2, "limit": 3},
     }
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
-    told = on_a_terminal("sweep", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "out"))
+    file = folder / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def test_the_line_tells_best_rate_and_time_left_and_is_gone_in_the_end(tmp_path: Path) -> None:
+    file = small_search(tmp_path)
+    told = on_a_terminal("sweep", str(file), "--output", str(tmp_path / "out"))
     pattern = r"candidate (\d): best (-|[\d.]+), baselines [\d.]+, \d+ a minute, [\d.]+ min left"
     lines = [found for part in told.split("\r") if (found := re.match(pattern, part))]
     assert [found[1] for found in lines] == ["0", "1", "2", "3", "4"]
     assert [found[2] == "-" for found in lines] == [True, True, True, False, False]
     after = told[told.rindex("min left") :]
     assert re.search(r"\r {78}\rcandidate +dev", after)
+
+
+def test_a_log_has_such_lines_too(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merge.search.commands.EVERY", 0)
+    result = command("sweep", str(small_search(tmp_path)), "--output", str(tmp_path / "out"))
+    lines = [line for line in result.err.splitlines() if line.startswith("candidate ")]
+    assert [int(line.split()[1][:-1]) for line in lines] == [0, 1, 2, 3, 4]
