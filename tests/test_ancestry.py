@@ -99,7 +99,42 @@ def test_names_that_others_wrote_do_not_move_the_cursor(tmp_path: Path) -> None:
     for name in "ab":
         shutil.copytree(shipped("evals/zoo/sorter"), tmp_path / name)
         (tmp_path / name / PROVENANCE).write_text(text)
-    assert told(tmp_path, tmp_path / "a", tmp_path / "b") == ["a and b both come from ?[2Jhidden?"]
+    assert told(tmp_path, tmp_path / "a", tmp_path / "b") == [
+        "a and b both come from ?[2Jhidden? (same name)"
+    ]
+
+
+def read(name: str, digest: str = "", tensors: int = 5) -> str:
+    """A provenance that tells of one model that was read."""
+    return json.dumps({"inputs": [{"model": name, "digest": digest, "tensors": tensors}]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        (read("m"), read("m"), ["a and b both come from m (same name)"]),
+        (read("m", "d", 4), read("m", "e"), ["a and b both come from m (same name)"]),
+        (read("m", "d"), read("m", "e"), []),
+        (read("m", "d"), read("n", "d"), ["a and b both come from m"]),
+        (read("m", "d", 0), read("n", "d", 0), []),
+        (read("zoo:clerk"), read("zoo:clerk"), ["a and b both come from zoo:clerk"]),
+    ],
+)
+def test_tensors_say_more_than_the_name_of_a_folder(
+    one: str, other: str, found: list[str], tmp_path: Path
+) -> None:
+    for name, text in (("a", one), ("b", other)):
+        shutil.copytree(shipped("evals/zoo/sorter"), tmp_path / name)
+        (tmp_path / name / PROVENANCE).write_text(text)
+    assert told(tmp_path, tmp_path / "a", tmp_path / "b") == found
+
+
+def test_where_only_the_name_says_who_it_comes_from_that_is_said(tmp_path: Path) -> None:
+    for name in ("m", "merged"):
+        shutil.copytree(shipped("evals/zoo/sorter"), tmp_path / name)
+    (tmp_path / "merged" / PROVENANCE).write_text(read("m", "d"))
+    pair = tmp_path / "m", tmp_path / "merged"
+    assert told(tmp_path, *pair) == ["merged comes from m (same name)"]
 
 
 def test_the_plan_says_it_and_what_is_written_can_be_verified(

@@ -23,7 +23,8 @@ from merge.report.pictures import (
     legend_below,
     shown,
 )
-from merge.report.study import SPLITS, Entry, Search, label_of, short_names
+from merge.report.study import SPLITS, Entry, Search
+from merge.report.varied import label_of, short_names
 from merge.search.space import Choice, Dimension
 from merge.search.starts import is_searched
 
@@ -79,10 +80,12 @@ def _compared(search: Search) -> Picture | None:
         grid(axes, "x")
         legend_below(figure, axes)
 
-    told = (
-        "Winner, runners-up, plain average and parents with 95 % intervals (1.96 standard errors). "
-    )
-    told += "The search saw dev; the best were chosen on val; test chose nothing."
+    if search.outcome:
+        told = "Winner, runners-up, plain average and parents with 95 % intervals (1.96 standard errors). "
+        told += "The search saw dev; the best were chosen on val; test chose nothing."
+    else:
+        told = "The best on dev so far, plain average and parents with 95 % intervals (1.96 standard errors)."
+        told += " The search sees dev, where the best of many look better than they are."
     return drawn("comparison", "Beside parents and average", told, 1.4 + 0.42 * len(entries), draw)
 
 
@@ -137,7 +140,7 @@ def _progress(search: Search) -> Picture | None:
         legend_below(figure, axes)
 
     told = "Every candidate on dev with one standard error, and the best so far. The best of many looks "
-    told += "better on dev than it is: see val and test above."
+    told += "better on dev than it is" + (": see val and test above." if search.outcome else ".")
     return drawn("progress", "Progress", told, 4.2, draw)
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merge.report.figures import OUTSIDE, Comparison, Tensor
 from merge.report.files import Report, csv_text
-from merge.report.merging import MODULES, OUTSIDE, Comparison, Tensor
+from merge.report.merging import MODULES
 from merge.report.page import Cell, Html, figure, joined, page, paragraph, section, table
 from merge.report.pictures import ACROSS, Map, Picture, drawn, heat_maps
 
@@ -22,7 +23,7 @@ Figured = Callable[[Sequence[Tensor]], float]  # a number for the tensors of a c
 
 def report_on(found: Comparison) -> Report:
     """What the folder of a report on a merge holds."""
-    pictures = _pictures(found)
+    pictures = [picture for part in found.parts for picture in _pictures(part)]
     head, rows = _columns(found)
     return Report(
         _page(found, pictures), tuple(pictures), {"tensors.csv": csv_text(head, rows)}, _told(found)
@@ -31,15 +32,15 @@ def report_on(found: Comparison) -> Report:
 
 def _told(found: Comparison) -> dict[str, Any]:
     """Everything, as JSON can tell it."""
+    first, *rest = found.parts
     return {
         "kind": "merge",
         "recipe": found.recipe.rpartition("/")[2],
         "merge_method": found.method,
         "base_model": found.base,
         "compared": "task vectors" if found.base else "weights",
-        "models": {name: _told_size(found, name, None) for name in found.models},
-        "pairs": [_told_pair(found, pair, None) for pair in found.pairs],
-        "sign_conflict": found.shared().conflict,
+        **_told_sums(first),
+        **({"without_base": _told_sums(rest[0])} if rest else {}),
         "copied": found.copied,
         "tensors": [
             {
@@ -54,6 +55,14 @@ def _told(found: Comparison) -> dict[str, Any]:
             }
             for t in found.tensors
         ],
+    }
+
+
+def _told_sums(part: Comparison) -> dict[str, Any]:
+    return {
+        "models": {name: _told_size(part, name, None) for name in part.models},
+        "pairs": [_told_pair(part, pair, None) for pair in part.pairs],
+        "sign_conflict": part.shared().conflict,
     }
 
 
@@ -161,7 +170,7 @@ def _picture(
     def draw(figure: "Figure") -> None:
         heat_maps(figure, maps, label, low=bottom, high=top, scale=scale)
 
-    return drawn(name, title, told, max(2.8, height), draw)
+    return drawn(_identity(found, name), _titled(found, title), told, max(2.8, height), draw)
 
 
 def _map(found: Comparison, heading: str, figured: Figured) -> Map:
@@ -195,7 +204,7 @@ def _modules(found: Comparison) -> list[str]:
 
 def _page(found: Comparison, pictures: Sequence[Picture]) -> str:
     sections = [
-        ("models", "Models", _models(found)),
+        *((_identity(p, "models"), _titled(p, "Models"), _models(p)) for p in found.parts),
         *((p.name, p.title, section(p.name, p.title, figure(p))) for p in pictures),
         ("tensors", "All tensors", _tensors(found)),
     ]
@@ -206,12 +215,27 @@ def _page(found: Comparison, pictures: Sequence[Picture]) -> str:
 def _head(found: Comparison) -> Html:
     count = f"{len(found.tensors)} tensors of {len(found.models)} models, merged by {found.method}"
     copied = f"; {found.copied} tensors are taken over as they are" if found.copied else ""
-    if found.base:
-        how = f"Task vectors are compared: what each model has more than {found.base}."
-    else:
-        how = "There is no base, so the weights themselves are compared, and how far each model is from the "
-        how += "plain mean of all."
-    return joined([paragraph(f"{count}{copied}.", "faint"), paragraph(how, "say")])
+    how = joined(paragraph(_how(part), "say") for part in found.parts)
+    return joined([paragraph(f"{count}{copied}.", "faint"), how])
+
+
+def _how(part: Comparison) -> str:
+    """What is compared."""
+    if part.base:
+        where = f"In {len(part.tensors)} tensors task" if part.apart else "Task"
+        return f"{where} vectors are compared: what each model has more than {part.base}."
+    where = f"{len(part.tensors)} tensors have no base" if part.apart else "There is no base"
+    what = f"{where}, so the weights themselves are compared, and how far each model is from the plain mean"
+    return f"{what} of all."
+
+
+def _titled(part: Comparison, title: str) -> str:
+    """A heading; of one of two parts, which."""
+    return f"{title} {'with' if part.base else 'without'} a base" if part.apart else title
+
+
+def _identity(part: Comparison, name: str) -> str:
+    return f"{name}-without-base" if part.apart and not part.base else name
 
 
 def _models(found: Comparison) -> Html:
@@ -228,7 +252,7 @@ def _models(found: Comparison) -> Html:
     if pairs:
         head = ["pair", "cosine", "opposite signs, per cent"]
         parts.append(table(head, pairs, digits=3, label="Pairs"))
-    return section("models", "Models", *parts)
+    return section(_identity(found, "models"), _titled(found, "Models"), *parts)
 
 
 def _tensors(found: Comparison) -> Html:
@@ -249,6 +273,7 @@ def _columns(found: Comparison) -> tuple[list[str], list[list[Cell]]]:
     head = ["tensor", "layer", "module", "shape"]
     head += [f"{key} {name}" for name in found.models for key in ("norm", "relative")]
     head += [f"{key} {_both(p)}" for p in found.pairs for key in ("cosine", "conflict")]
+    mixed = len(found.parts) > 1
     rows: list[list[Cell]] = []
     for t in found.tensors:
         row: list[Cell] = [t.name, t.layer, t.module, " × ".join(map(str, t.shape))]
@@ -258,5 +283,6 @@ def _columns(found: Comparison) -> tuple[list[str], list[list[Cell]]]:
         for pair in found.pairs:
             both = t.pairs.get(pair)
             row += [both.cosine, both.conflict] if both else [None, None]
-        rows.append([*row, t.shared.conflict if t.pairs else None])
-    return [*head, "conflict of any two"], rows
+        row.append(t.shared.conflict if t.pairs else None)
+        rows.append([*row, "yes" if t.with_base else "no"] if mixed else row)
+    return [*head, "conflict of any two", *(["base"] if mixed else [])], rows

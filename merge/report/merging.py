@@ -6,15 +6,12 @@ a model is away is then told from the plain mean of all.
 """
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import yaml
 
 from merge.anatomy import layer_of
 from merge.budget import (
@@ -26,15 +23,14 @@ from merge.budget import (
     threads_and_cap,
     worth_fusing,
 )
-from merge.errors import PlanError, RequestError
+from merge.errors import PlanError
 from merge.finite import check_input
 from merge.formula import Formula, Grain
 from merge.methods import Models, Request, Sums
 from merge.numerics import FLOATS, grain_rows, grains
 from merge.plan import Plan, Step
 from merge.reader import Reader, reduced
-from merge.recipe import parse_recipe
-from merge.verify import PROVENANCE, provenance_of
+from merge.report.figures import OUTSIDE, Comparison, Pair, Shared, Size, Tensor
 
 MODULES = (
     "q_proj",
@@ -47,150 +43,6 @@ MODULES = (
 )  # come first
 ARRAYS = 12  # float32 grains alive beside those counted for each model
 DRAWING = 80 << 20  # bytes: matplotlib and a page of pictures; 60 MiB measured
-OUTSIDE = ""  # the layer of what is in none
-
-
-@dataclass(frozen=True)
-class Size:
-    """How far a model is from what it is compared with: sums of squares of the difference and of that."""
-
-    square: float = 0.0
-    reference: float = 0.0
-
-    def __add__(self, other: "Size") -> "Size":
-        return Size(self.square + other.square, self.reference + other.reference)
-
-    @property
-    def norm(self) -> float:
-        return math.sqrt(self.square)
-
-    @property
-    def relative(self) -> float:
-        """In norms of the reference; NaN where that is zero."""
-        return math.sqrt(self.square / self.reference) if self.reference > 0 else math.nan
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two models over the same values: their inner product, their sums of squares, how many values both have
-    that are not zero, and of these how many have opposite signs."""
-
-    product: float = 0.0
-    first: float = 0.0
-    second: float = 0.0
-    both: int = 0
-    opposed: int = 0
-
-    def __add__(self, other: "Pair") -> "Pair":
-        return Pair(
-            self.product + other.product,
-            self.first + other.first,
-            self.second + other.second,
-            self.both + other.both,
-            self.opposed + other.opposed,
-        )
-
-    @property
-    def cosine(self) -> float:
-        lengths = math.sqrt(self.first) * math.sqrt(self.second)
-        return self.product / lengths if lengths > 0 else math.nan
-
-    @property
-    def conflict(self) -> float:
-        """The share of values with opposite signs, of those that neither leaves at zero."""
-        return self.opposed / self.both if self.both else math.nan
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Values that two models or more do not leave at zero, and those of them in which signs conflict."""
-
-    values: int = 0
-    opposed: int = 0
-
-    def __add__(self, other: "Shared") -> "Shared":
-        return Shared(self.values + other.values, self.opposed + other.opposed)
-
-    @property
-    def conflict(self) -> float:
-        return self.opposed / self.values if self.values else math.nan
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of the merge. `layer`: OUTSIDE where it is in none; `module`: what it is called there."""
-
-    name: str
-    layer: str
-    module: str
-    shape: tuple[int, ...]
-    with_base: bool
-    sizes: Mapping[str, Size]
-    pairs: Mapping[tuple[str, str], Pair]
-    shared: Shared
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All tensors that several models, or one and a base, go into. `base`: its name; `copied`: how many
-    tensors are taken over as they are."""
-
-    recipe: str
-    method: str
-    base: str | None
-    tensors: tuple[Tensor, ...]
-    copied: int
-
-    @property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys(name for tensor in self.tensors for name in tensor.sizes))
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys(pair for tensor in self.tensors for pair in tensor.pairs))
-
-    def size(self, model: str, of: Iterable[Tensor] | None = None) -> Size:
-        """Over some tensors, or all."""
-        tensors = self.tensors if of is None else of
-        return sum((t.sizes[model] for t in tensors if model in t.sizes), Size())
-
-    def pair(self, pair: tuple[str, str], of: Iterable[Tensor] | None = None) -> Pair:
-        """Over some tensors, or all."""
-        tensors = self.tensors if of is None else of
-        return sum((t.pairs[pair] for t in tensors if pair in t.pairs), Pair())
-
-    def shared(self, of: Iterable[Tensor] | None = None) -> Shared:
-        """Over some tensors, or all."""
-        return sum((t.shared for t in (self.tensors if of is None else of)), Shared())
-
-
-def planned(what: str, memory: str, offline: bool) -> Plan:
-    """The plan of a recipe, or of the recipe that a merged model was made by; raises RequestError."""
-    from merge.cli import find_recipe
-    from merge.pipeline import plan_parsed, plan_recipe
-
-    folder = Path(what)
-    if not folder.is_dir():
-        plan = plan_recipe(find_recipe(what), memory=memory, offline=offline)
-    else:
-        known = provenance_of(folder)
-        if known is None:
-            raise RequestError(
-                f"{folder}: has neither study.db nor {PROVENANCE}; give a study, a recipe or a merged model"
-            )
-        text = yaml.safe_dump_all(known.get("recipe", []), sort_keys=False, allow_unicode=True)
-        try:
-            # models in it stand beside the merged one
-            recipe = parse_recipe(text, str(folder.absolute()))
-            plan = plan_parsed(recipe, memory=memory, offline=offline)
-        except RequestError as error:
-            what = "its models are not found as they are called there; give the recipe instead"
-            raise RequestError(f"{folder / PROVENANCE}: {what} ({error})") from None
-    if plan.recipe.mixes:
-        raise RequestError(
-            f"{what}: is a mixture, whose experts are not merged; report needs a merge"
-        )
-    return plan
 
 
 def measured(
@@ -214,11 +66,11 @@ def measured(
             _tensor(plan, step, modules[step.name], found)
             for step, found in zip(steps, sums, strict=True)
         ]
-    based = next((step.base for step in steps if step.base), None)
+    bases = dict.fromkeys(_name(plan, step.base.model) for step in steps if step.base)
     return Comparison(
         plan.recipe.file,
         plan.recipe.method.name,
-        _name(plan, based.model) if based else None,
+        " or ".join(bases) or None,
         tuple(tensors),
         len(plan.steps) - len(steps),
     )

@@ -1,8 +1,5 @@
 """What a report tells of a search: candidates, what varied, what came out; from ledger and outcome.json."""
 
-import itertools
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,35 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from merge.errors import RequestError
+from merge.lines import Lines
+from merge.report.outcome import Figures, Outcome, check_belongs, read_outcome
+from merge.report.varied import dimensions_of, values_among
 from merge.search.front import non_dominated, objectives_of, values_of
 from merge.search.sections import StudySection
-from merge.search.space import Dimension
+from merge.search.space import Dimension, Space
 from merge.search.starts import is_searched
 
 if TYPE_CHECKING:
     from merge.search.ledger import Candidate, Ledger
 
-OUTCOME = "outcome.json"
 SPLITS = ("dev", "val", "test")
 MOST_OBJECTIVES = 4  # tasks that are shown against each other where the study names no objectives
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What a candidate reached on one split. `mean`: over tasks, with its standard error. `truncated`,
-    `empty`, `alike`: shares of its answers, see search.panel.Marks."""
-
-    mean: float
-    stderr: float
-    truncated: float
-    empty: float
-    alike: float
+BEST = 5  # that are shown of a study that has not ended
 
 
 @dataclass(frozen=True)
 class Entry:
     """A candidate. `place`: which one it was to come to an end, None where it has not. `tasks`: means on dev.
-    `objectives`: what it reached there in each, none where it was not scored."""
+    `objectives`: what it reached there in each, none where it was not scored. `asked`: what it has in each
+    dimension that it was asked for; of a choice its number."""
 
     number: int
     origin: str
@@ -83,7 +72,7 @@ class Search:
     objectives: tuple[str, ...]
     own: bool
     front: frozenset[int]
-    outcome: Mapping[str, Any] | None
+    outcome: Outcome | None
 
     @property
     def searched(self) -> list[Entry]:
@@ -99,16 +88,21 @@ class Search:
     @property
     def winner(self) -> int | None:
         """The number of the winner."""
-        return None if self.outcome is None else int(self.outcome["winner"]["number"])
+        return None if self.outcome is None else self.outcome.winner.number
 
     @property
     def top(self) -> list[Entry]:
         """What was looked at again in the end, the winner first; before the end the best on dev."""
         if self.outcome is None:
-            return self.searched[: self.section.top]
+            return self.searched[:BEST]
         known = {entry.number: entry for entry in self.entries}
-        numbers = [self.winner, *(told["number"] for told in self.outcome["top"])]
+        numbers = [told.number for told in (self.outcome.winner, *self.outcome.top)]
         return [known[n] for n in dict.fromkeys(numbers) if n in known]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the study keeps to; how long a run of it goes on is not among it."""
+        return self.section.model_dump(mode="json", exclude_unset=True)
 
     @property
     def given_up(self) -> list[Entry]:
@@ -147,11 +141,11 @@ class Search:
             "study": self.name,
             "status": self.status,
             "begun_with": self.begun_with,
-            "section": self.section.model_dump(mode="json"),
+            "section": self.settings,
             "recipe": self.data,
             "objectives": list(self.objectives),
             "front": sorted(self.front),
-            "outcome": self.outcome,
+            "outcome": self.outcome.told if self.outcome else None,
             "candidates": [self._told(entry) for entry in self.entries],
         }
 
@@ -166,18 +160,24 @@ def read_search(ledger: "Ledger", name: str, folder: Path | None) -> Search:
     """The study of a ledger, with outcome.json of its folder where it has ended; raises RequestError."""
     facts = ledger.facts()
     section = _section(facts, name)
-    outcome = None if folder is None else _outcome(folder / OUTCOME)
     candidates = ledger.all()
+    outcome = None if folder is None else read_outcome(folder)
+    if outcome and folder:
+        check_belongs(outcome, candidates, name, folder)
     tasks = sorted({t for c in candidates if c.scores for t in c.scores["tasks"]})
     objectives = _objectives(section, tasks)
-    later = _splits_of(outcome, folder) if folder else _looks(ledger)
-    entries = tuple(_entry(c, later.get(c.number, {}), section, objectives) for c in candidates)
+    later = _splits_of(outcome) if folder else _looks(ledger)
+    dimensions, values = _varied(facts["recipe"], candidates, name)
+    entries = tuple(
+        _entry(c, later.get(c.number, {}), section, objectives, asked)
+        for c, asked in zip(candidates, values, strict=True)
+    )
     return Search(
         name,
         str(facts.get("begun_with", "")),
         section,
         facts["recipe"],
-        dimensions_of(facts["recipe"]),
+        dimensions,
         entries,
         objectives,
         bool(section.objectives),
@@ -186,55 +186,33 @@ def read_search(ledger: "Ledger", name: str, folder: Path | None) -> Search:
     )
 
 
-def dimensions_of(data: Mapping[str, Any]) -> tuple[Dimension, ...]:
-    """What varies in a document."""
-    from merge.lines import Lines
-    from merge.search.space import Space
-
-    return tuple(Space(data, Lines("study", {})).dimensions())
-
-
-def label_of(name: str, data: Mapping[str, Any]) -> str:
-    """A dimension's name for people: `models.1.parameters.weight` is `MODEL weight`."""
-    value: Any = data
-    said: list[str] = []
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        value = _within(value, part)
-        if value is None:
-            said += parts[i:]
-            break
-        if isinstance(value, dict) and isinstance(value.get("model"), str):
-            said = [value["model"]]
-        elif part != "parameters":
-            said.append(part)
-    return " ".join(said)
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the words that all of them begin with."""
-    if len(names) < 2:
-        return list(names)
-    split = [name.split("_") for name in names]
-    words = zip(*(parts[:-1] for parts in split), strict=False)
-    alike = len(list(itertools.takewhile(lambda each: len(set(each)) == 1, words)))
-    return ["_".join(parts[alike:]) for parts in split]
-
-
-def _within(value: Any, part: str) -> Any:
-    if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
-        return value[int(part)]
-    return value.get(part) if isinstance(value, dict) else None
-
-
 def _section(facts: Mapping[str, Any], name: str) -> StudySection:
     from pydantic import ValidationError
 
     try:
-        return StudySection(**facts["study"])
+        kept = dict(facts["study"])
+        if kept.get("tasks"):
+            kept.pop("suite", None)  # its default, which counts for nothing beside tasks
+        return StudySection(**kept)
     except (KeyError, TypeError, ValidationError):
-        what = "was begun by another version; report with the one that it was begun with"
-        raise RequestError(f"study {name!r}: {what}") from None
+        raise _of_another_version(name) from None
+
+
+def _varied(
+    data: Mapping[str, Any], candidates: Sequence["Candidate"], name: str
+) -> tuple[tuple[Dimension, ...], list[dict[str, float]]]:
+    """What varies, and what each candidate has of it; raises RequestError."""
+    space = Space(data, Lines("study", {}))
+    dimensions = dimensions_of(space)
+    try:
+        return dimensions, [values_among(space, dimensions, c.asked) for c in candidates]
+    except KeyError:
+        raise _of_another_version(name) from None
+
+
+def _of_another_version(study: str) -> RequestError:
+    what = "was begun by another version; report with the one that it was begun with"
+    return RequestError(f"study {study!r}: {what}")
 
 
 def _objectives(section: StudySection, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -244,39 +222,9 @@ def _objectives(section: StudySection, tasks: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _outcome(file: Path) -> Mapping[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise _damaged(file)
-    return data
-
-
-def _damaged(file: Path) -> RequestError:
-    what = "damaged; run the search again, which goes on to the same end"
-    return RequestError(f"{file}: {what}")
-
-
-def _splits_of(
-    outcome: Mapping[str, Any] | None, folder: Path | None
-) -> dict[int, dict[str, Figures]]:
-    """What outcome.json tells of val and test, by number; raises RequestError."""
-    if outcome is None or folder is None:
-        return {}
-    try:
-        told = [outcome["winner"], *outcome["top"], *outcome["rivals"]]
-        return {
-            int(each["number"]): {
-                split: _figures(each[split]) for split in ("val", "test") if split in each
-            }
-            for each in reversed(told)
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise _damaged(folder / OUTCOME) from None
+def _splits_of(outcome: Outcome | None) -> dict[int, dict[str, Figures]]:
+    """What outcome.json tells of val and test, by number."""
+    return {told.number: told.later for told in reversed(outcome.every if outcome else [])}
 
 
 def _looks(ledger: "Ledger") -> dict[int, dict[str, Figures]]:
@@ -292,10 +240,9 @@ def _looks(ledger: "Ledger") -> dict[int, dict[str, Figures]]:
 
 
 def _figures(told: Mapping[str, Any]) -> Figures:
-    error = told["stderr"]
     return Figures(
         float(told["mean"]),
-        math.nan if error is None else float(error),
+        float(told["stderr"]),
         *(float(told[share]) for share in ("truncated", "empty", "alike")),
     )
 
@@ -305,6 +252,7 @@ def _entry(
     later: Mapping[str, Figures],
     section: StudySection,
     objectives: Sequence[str],
+    asked: Mapping[str, float],
 ) -> Entry:
     from merge.search.outcome import errors_of
 
@@ -320,7 +268,7 @@ def _entry(
         splits,
         dict(scores["tasks"]) if scores else {},
         _reached(candidate, section, objectives),
-        dict(candidate.asked),
+        asked,
         candidate.recipe,
         candidate.seconds,
         candidate.reason,

@@ -10,7 +10,8 @@ from merge.report.files import Report, csv_text
 from merge.report.importance import FEW, Importance, importance_of
 from merge.report.page import Cell, Html, details, figure, joined, page, paragraph, section, table
 from merge.report.pictures import Picture
-from merge.report.study import SPLITS, Entry, Search, label_of, short_names
+from merge.report.study import SPLITS, Entry, Search
+from merge.report.varied import label_of, short_names
 from merge.search.starts import is_searched
 
 MOST_LISTED = 1000  # candidates in the page's table; candidates.csv has all
@@ -51,17 +52,17 @@ def _head(search: Search) -> Html:
     if outcome is None:
         waiting = "No winner is told here: the best are compared on val and test in the end."
         return joined([paragraph(search.status, "faint"), paragraph(waiting, "say")])
-    verdict = outcome.get("verdict")
-    what = verdict["words"] if verdict else "No parent could be scored, so there is no comparison."
+    verdict = outcome.verdict
+    what = verdict.words if verdict else "No parent could be scored, so there is no comparison"
     parts = [
         paragraph(search.status, "faint"),
         paragraph(f"{what[:1].upper()}{what[1:]}.", "say"),
     ]
-    if outcome.get("average_is_as_good"):
+    if outcome.average_is_as_good:
         parts.append(paragraph("The plain average of its parents is as good or better on test."))
-    if (winners := outcome.get("winners_tested", 1)) > 1:
-        what = f"Test was looked at for {winners} winners of this study, one after the other; the last is a "
-        parts.append(paragraph(what + "little worse than it looks there."))
+    if outcome.winners_tested > 1:
+        what = f"Test was looked at for {outcome.winners_tested} winners of this study, one after the other; "
+        parts.append(paragraph(f"{what}the last is a little worse than it looks there."))
     return joined(parts)
 
 
@@ -85,11 +86,11 @@ def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
         for e in entries
     ]
     marked = [i for i, entry in enumerate(entries) if entry.number == search.winner]
+    told = "Mean over tasks in points (100 is all right), ± one standard error; tasks on dev."
+    if search.outcome is None:
+        told += f" The best on dev so far, {len(search.top)} of {len(search.searched)}, and the baselines."
     parts = [
-        paragraph(
-            "Mean over tasks in points (100 is all right), ± one standard error; tasks on dev.",
-            "faint",
-        ),
+        paragraph(told, "faint"),
         table([*head, *short_names(tasks)], rows, marked=marked, label="Leaderboard"),
         _test(search),
     ]
@@ -100,17 +101,17 @@ def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
 
 def _test(search: Search) -> Html:
     """The paired test in full."""
-    verdict = (search.outcome or {}).get("verdict")
+    verdict = search.outcome.verdict if search.outcome else None
     if not verdict:
         return Html("")
     head = ["paired test", "against", "difference", "95 % from", "to", "p", "documents"]
-    points = [100 * float(verdict[key]) for key in ("difference", "low", "high")]
+    points = [100 * share for share in (verdict.difference, verdict.low, verdict.high)]
     row: list[Cell] = [
-        f"{verdict['winner']}: {verdict['test']}",
-        verdict["rival"],
+        f"{verdict.winner}: {verdict.test}",
+        verdict.rival,
         *points,
-        f"{float(verdict['p']):.2g}",
-        int(verdict["documents"]),
+        f"{verdict.p:.2g}",
+        verdict.documents,
     ]
     return table(head, [row], label="Paired test")
 
@@ -206,8 +207,8 @@ def _recipes(search: Search) -> Html:
 
 def _kin(search: Search) -> list[tuple[int, str]]:
     """What is known of the ancestors of the best."""
-    top = (search.outcome or {}).get("top", ())
-    return [(each["number"], str(note)) for each in top for note in each.get("kin", ())]
+    top = search.outcome.top if search.outcome else []
+    return [(told.number, note) for told in top for note in told.kin]
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
@@ -228,7 +229,8 @@ def _failed(search: Search) -> Html:
 
 
 def _how(search: Search) -> Html:
-    set_to = search.section.model_dump(mode="json", exclude_defaults=True)
+    said = search.settings.items()
+    set_to = {key: value for key, value in said if value not in (None, []) and value is not False}
     facts = {"asked by": search.begun_with, **{key: str(value) for key, value in set_to.items()}}
     space = yaml.safe_dump(search.data, sort_keys=False, allow_unicode=True)
     return section(

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from merge.lines import Lines
 from merge.search.ledger import DONE, FAILED, Candidate, Ledger
 from merge.search.opening import DATABASE, NAME
+from merge.search.space import Space
 
 PARENTS = ("hub/left", "hub/right")
 Scoring = Callable[[float, float], Mapping[str, float]]  # two weights -> mean by task
@@ -85,14 +87,36 @@ def written(
     return ledger
 
 
-def ended(folder: Path, ledger: Ledger, words: str = "candidate 2 is better") -> dict[str, Any]:
-    """outcome.json of a study whose candidate 2 won, as a search writes it."""
+def answered(
+    folder: Path, data: Mapping[str, Any], answers: Sequence[Mapping[str, float]]
+) -> Ledger:
+    """A study's folder with a scored candidate for each answer to everything that varies in `data`."""
+    folder.mkdir(parents=True)
+    facts = {"recipe": data, "study": {"suite": "mine"}, "begun_with": "optuna 5.0.0"}
+    ledger = Ledger.open(f"sqlite:///{folder / DATABASE}", NAME, "digest", facts)
+    space = Space(data, Lines("study", {}))
+    for number, asked in enumerate(answers):
+        made = space.filled(lambda dimension, asked=asked: asked[dimension.name])  # type: ignore[misc]
+        ledger.add(Candidate(number, f"d{number}", "search", made, asked))
+        ledger.take("test")
+        ledger.end(
+            number, "test", DONE, scores=scores({"suite_one": number / len(answers)}), seconds=1.5
+        )
+    return ledger
+
+
+def ended(
+    folder: Path, ledger: Ledger, words: str = "candidate 2 is better", *, top: int = 3
+) -> dict[str, Any]:
+    """outcome.json of a study whose candidate 2 won before `top`, as a search writes it."""
     figures = {"mean": 0.75, "stderr": 0.03, "truncated": 0.01, "empty": 0.0, "alike": 0.2}
     every = ledger.all()
 
     def told(number: int, *splits: str) -> dict[str, Any]:
-        facts = {"number": number, "origin": every[number].origin, "recipe": every[number].recipe}
-        return {**facts, **dict.fromkeys(splits, figures)}
+        own = every[number]
+        facts = {"number": number, "origin": own.origin, "recipe": own.recipe}
+        dev = {**figures, "mean": own.scores["mean"]} if own.scores else figures
+        return {**facts, "dev": dev, **dict.fromkeys(splits, figures)}
 
     verdict = {
         "winner": "candidate 2", "rival": "hub/left", "difference": 0.125, "low": 0.05, "high": 0.2,
@@ -100,7 +124,7 @@ def ended(folder: Path, ledger: Ledger, words: str = "candidate 2 is better") ->
     }  # fmt: skip
     data = {
         "winner": told(2, "val", "test"),
-        "top": [told(3, "val"), told(2, "val", "test")],
+        "top": [told(top, "val"), told(2, "val", "test")],
         "rivals": [told(0, "val", "test"), told(1, "val", "test")],
         "failed": {},
         "average_is_as_good": False,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import browser, opened
-from families import family, shapes, stored, typed, write_model, write_recipe
+from families import drawn, family, shapes, stored, typed, write_model, write_recipe
 from numpy.typing import NDArray
 from ran import Ran
 from safetensors.numpy import load_file
@@ -21,7 +21,10 @@ from merge import formula
 from merge.errors import NonFiniteError, PlanError, RequestError
 from merge.pipeline import plan_recipe, run_recipe
 from merge.report import merging
-from merge.report.merging import Comparison, measured, modules_of, planned
+from merge.report.figures import Comparison
+from merge.report.merge_page import report_on
+from merge.report.merged import planned
+from merge.report.merging import measured, modules_of
 from merge.shipped import shipped
 
 Command = Callable[..., Ran]
@@ -124,6 +127,44 @@ def test_without_a_base_weights_are_compared_and_distances_from_their_mean(
             assert np.isclose(pair.cosine, cosine(values[one], values[other]), rtol=EXACT)
 
 
+def test_task_vectors_and_weights_have_no_sum(models: dict[str, Path], tmp_path: Path) -> None:
+    for folder in models.values():
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 2}))
+    based, bare = (
+        {"sources": [{"model": str(models[n]), "layer_range": [i, i + 1]} for n in "ab"]}
+        for i in range(2)
+    )
+    slices = {"slices": [{**based, "base_model": str(models["base"])}, bare]}
+    recipe = {"merge_method": "nuslerp", "parameters": {"weight": 0.5}, **slices}
+    (tmp_path / "mixed.yaml").write_text(json.dumps(recipe))
+    found = compared(tmp_path / "mixed.yaml")
+    with_base, without = found.parts
+    assert (with_base.base, without.base) == ("base", None)
+    assert {t.name for part in found.parts for t in part.tensors} == set(shapes())
+    names = [t.name for t in with_base.tensors]
+    assert set(names) == {name for name in shapes() if "embed" in name or ".0." in name}
+    base, a, b = (
+        np.concatenate([loaded(models[model])[name].ravel() for name in names])
+        for model in ("base", "a", "b")
+    )
+    report = report_on(found)
+    size, (pair,) = report.data["models"]["a"], report.data["pairs"]
+    assert np.isclose(size["norm"], np.linalg.norm(a - base), rtol=EXACT)
+    assert np.isclose(pair["cosine"], cosine(a - base, b - base), rtol=EXACT)
+    rest = [t.name for t in without.tensors]
+    a, b = (np.concatenate([loaded(models[m])[name].ravel() for name in rest]) for m in "ab")
+    size, (pair,) = report.data["without_base"]["models"]["a"], report.data["without_base"]["pairs"]
+    assert np.isclose(size["norm"], np.linalg.norm(a - b) / 2, rtol=1e-6)  # cancellation
+    assert np.isclose(pair["cosine"], cosine(a, b), rtol=EXACT)
+    assert [p.name for p in report.pictures] == [
+        *("sizes", "cosines", "signs"),
+        *("sizes-without-base", "cosines-without-base", "signs-without-base"),
+    ]
+    assert f"In {len(names)} tensors task vectors are compared" in report.page
+    assert f"{len(rest)} tensors have no base, so the weights themselves" in report.page
+
+
 def test_equal_models_agree_and_opposite_ones_conflict(tmp_path: Path) -> None:
     found = family(tmp_path, "a")
     base, tuned = (load_file(found[name] / "model.safetensors") for name in ("base", "a"))
@@ -151,10 +192,18 @@ def test_an_unchanged_model_has_no_direction(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_half_precision_is_read_as_it_is_stored(dtype: str, tmp_path: Path) -> None:
-    found = family(tmp_path, "a", "b", dtype=dtype)
-    wide = family(tmp_path / "wide", "a", "b")
-    half, whole = compared(ties(tmp_path, found)), compared(ties(tmp_path / "wide", wide))
-    assert half.size("a").relative == pytest.approx(whole.size("a").relative, rel=0.02)
+    def widened(values: NDArray[Any]) -> NDArray[np.float64]:
+        raw = stored(values, dtype)
+        wide = (raw.astype("<u4") << 16).view("<f4") if dtype == "BF16" else raw
+        return wide.astype(np.float64)
+
+    halves = {name: drawn(seed) for seed, name in enumerate(("base", "a", "b"))}
+    models = {n: write_model(tmp_path / n, typed(values, dtype)) for n, values in halves.items()}
+    for tensor in compared(ties(tmp_path, models)).tensors:
+        base, a, b = (widened(halves[name][tensor.name]) for name in ("base", "a", "b"))
+        whole = np.linalg.norm(a - base) / np.linalg.norm(base)
+        assert np.isclose(tensor.sizes["a"].relative, whole, rtol=EXACT)
+        assert np.isclose(tensor.pairs["a", "b"].cosine, cosine(a - base, b - base), rtol=EXACT)
 
 
 def test_threads_change_no_bit(tmp_path: Path) -> None:
@@ -286,6 +335,11 @@ def test_a_merged_model_is_told_as_its_recipe_is(
         assert command("report", what, "--output", page).code == 0
         tables.append((Path(page) / "tensors.csv").read_text())
     assert tables[0] == tables[1]
+    write_model(models["b"], typed(drawn(9)))
+    found = command("report", tmp_path / "merged", "--output", "three")
+    assert found.code == 2
+    assert "was merged of other tensors than b now has; put those back" in found.error
+    assert not Path("three").exists()
 
 
 def test_a_merged_model_away_from_its_parents_says_what_to_give(

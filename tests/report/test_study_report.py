@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ import yaml
 from browser import browser, opened
 from ran import Ran
 from search.tiny_suite import tiny_suite
-from studies import ended, written
+from studies import answered, ended, written
 
+from merge.report.files import csv_text
 from merge.report.importance import importance_of
+from merge.report.outcome import read_outcome
 from merge.report.pictures import INK
-from merge.report.study import Search, label_of, read_search, short_names
+from merge.report.study import Search, read_search
 from merge.report.study_page import report_on
+from merge.report.varied import label_of, short_names
 from merge.search.ledger import Ledger
 from merge.search.opening import NAME
 
@@ -105,6 +108,8 @@ def test_a_real_search_is_told_as_it_ended(real: Path, command: Command) -> None
     told, outcome = json.loads(ran.out), json.loads((real / "outcome.json").read_text())
     assert json.loads(Path("page/report.json").read_text()) == told
     page = Told(Path("page/index.html").read_text())
+    assert told["section"]["sampler"] == "grid"
+    assert not told["section"].keys() & {"trials", "top", "minutes", "documents"}, "a run's own"
     words = outcome["verdict"]["words"]
     assert words[1:] in page.text
     by_number = {each["number"]: each for each in told["candidates"]}
@@ -134,6 +139,8 @@ def test_where_nothing_has_ended_it_says_so(tmp_path: Path) -> None:
     assert "2 are open" in text
     assert "No winner is told here" in text
     assert search.top == search.searched[:5]
+    assert "The best on dev so far, 5 of 24, and the baselines." in text
+    assert "Winner" not in text
     ended(folder, ledger)
     assert "goes on after it had ended once" in Told(report_on(search_of(folder, ledger)).page).text
 
@@ -158,10 +165,79 @@ def test_the_paired_test_and_the_failed_are_told(tmp_path: Path) -> None:
 
 def test_a_damaged_outcome_is_refused(tmp_path: Path, command: Command) -> None:
     folder = tmp_path / "study"
-    written(folder, of_one_weight)
-    for text in ("[]", '{"winner": {"number": 2}}', "{"):
+    whole = ended(folder, written(folder, of_one_weight))
+    val = {**whole["top"][0]["val"]}
+    damaged: list[Any] = [
+        [], {}, {"winner": {"number": 2}}, {**whole, "winner": None}, {**whole, "rivals": 3},
+        *({**whole, "verdict": verdict} for verdict in ([], "won", {"words": "won"})),
+        *({**whole, "verdict": {**whole["verdict"], key: []}} for key in whole["verdict"]),
+        *(
+            {**whole, "top": [{**whole["top"][0], "val": {**val, **figures}}]}
+            for figures in ({"mean": "high"}, {"mean": math.inf}, {"stderr": -1.0}, {"alike": None})
+        ),
+        {**whole, "top": [{**whole["top"][0], "kin": 3}]},
+        {**whole, "winners_tested": "many"}, {**whole, "verdict": {**whole["verdict"], "words": "\ud800"}},
+    ]  # fmt: skip
+    for text in ("{", "[" * 100_000, *map(json.dumps, damaged)):
         (folder / "outcome.json").write_text(text)
-        assert "outcome.json: " in command("report", folder).error
+        assert f"{folder / 'outcome.json'}: " in command("report", folder).error, text
+    assert not (folder / "report").exists()
+
+
+def test_an_outcome_of_another_search_is_refused(tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "study"
+    written(folder, of_one_weight)
+    others = {
+        "recipes": written(tmp_path / "recipes", of_one_weight, parents=("hub/left", "hub/other")),
+        "scores": written(tmp_path / "scores", conflicting),
+        "more": written(tmp_path / "more", of_one_weight, 30),
+    }
+    for name, ledger in others.items():
+        run = tmp_path / f"run-{name}"
+        run.mkdir()
+        ended(run, ledger, top=31 if name == "more" else 3)
+        found = command("report", run, "--study", f"sqlite:///{folder / 'study.db'}").error
+        assert f"{run / 'outcome.json'}: is of another search" in found
+        assert not (run / "report").exists()
+
+
+def test_a_mean_of_one_document_has_no_error(tmp_path: Path) -> None:
+    data = ended(tmp_path / "study", written(tmp_path / "study", of_one_weight))
+    data["winner"]["test"] = {**data["winner"]["test"], "stderr": math.nan}
+    (tmp_path / "study" / "outcome.json").write_text(json.dumps(data))
+    outcome = read_outcome(tmp_path / "study")
+    assert outcome is not None
+    assert math.isnan(outcome.winner.later["test"].stderr)
+    assert outcome.winner.later["val"].stderr == data["winner"]["val"]["stderr"]
+
+
+def test_a_study_of_tasks_has_no_suite(tmp_path: Path) -> None:
+    section = {"suite": "quickstart", "tasks": [{"task": "mine"}], "sampler": "tpe", "seed": 0}
+    folder = tmp_path / "study"
+    search = search_of(folder, written(folder, of_one_weight, 3, section=section))
+    text = Told(report_on(search).page).text
+    assert "quickstart" not in text
+    assert "'task': 'mine'" in text
+
+
+def test_a_model_of_a_pool_is_the_one_that_was_merged(tmp_path: Path) -> None:
+    names = ["hub/a", "hub/b", "hub/c"]
+    pool = {"pool": names, "pick": 3, "parameters": {"weight": {"search": [0.0, 1.0]}}}
+    places = [f"models.{i}.model" for i in range(3)]
+    answers = [
+        {**dict(zip(places, found, strict=True)), "models.1.other": other}
+        | {f"models.{i}.parameters.weight": 0.5 for i in range(3)}
+        for *found, other in product(range(3), range(3), range(3), range(2))
+    ]
+    folder = tmp_path / "study"
+    ledger = answered(folder, {"merge_method": "linear", "models": pool}, answers)
+    search = search_of(folder, ledger)
+    assert [d.name for d in search.dimensions if "weight" not in d.name] == places
+    rows = list(csv.DictReader(io.StringIO(report_on(search).tables["candidates.csv"])))
+    assert len(rows) == len(answers)
+    for row in rows:
+        merged = [each["model"] for each in yaml.safe_load(row["recipe"])["models"]]
+        assert [row[place] for place in places] == merged
 
 
 # -- what it finds out --------------------------------------------------------------------------------
@@ -256,15 +332,23 @@ def test_text_of_others_is_shown_and_nothing_else(hostile: Path, command: Comman
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", page.text)
 
 
-def test_a_spreadsheet_runs_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "study"
-    ledger = written(folder, of_one_weight, reason='=HYPERLINK("http://example.invalid")')
-    rows = list(
-        csv.reader(report_on(search_of(folder, ledger)).tables["candidates.csv"].splitlines())
-    )
-    told = [cell for row in rows for cell in row]
-    assert any(cell.startswith("'=HYPERLINK") for cell in told)
-    assert not any(cell.startswith(("=", "@", "+")) for cell in told)
+@pytest.mark.parametrize("formula", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1+1", "\n=1+1", " -1"])
+def test_a_spreadsheet_runs_no_text_and_keeps_numbers(formula: str) -> None:
+    text = csv_text([formula, "number"], [[formula, -1.5], [f"said {formula}", -2]])
+    found = list(csv.reader(io.StringIO(text)))
+    assert found == [[f"'{formula}", "number"], [f"'{formula}", "-1.5"], [f"said {formula}", "-2"]]
+
+
+def test_a_spreadsheet_of_a_study_runs_nothing(tmp_path: Path) -> None:
+    said = ['=HYPERLINK("http://example.invalid")', "@left", "+right", "-task"]
+    scoring = lambda a, b: {said[3]: a * a}  # noqa: E731
+    ledger = written(tmp_path / "s", scoring, 3, parents=(said[1], said[2]), reason=said[0])
+    table = report_on(search_of(tmp_path / "s", ledger)).tables["candidates.csv"]
+    told = [cell for row in csv.reader(io.StringIO(table)) for cell in row]
+    assert f"'{said[0]}" in told
+    for cell in told:
+        number = re.fullmatch(r"-?[0-9.e-]+", cell)
+        assert number or not cell.lstrip().startswith(("=", "+", "-", "@")), cell
 
 
 def test_the_same_study_gives_the_same_bytes(tmp_path: Path, command: Command) -> None:
@@ -298,9 +382,12 @@ def test_it_takes_the_place_of_nothing_else(tmp_path: Path, command: Command) ->
 
 def test_a_database_is_asked_by_the_name_of_the_study(tmp_path: Path, command: Command) -> None:
     folder = tmp_path / "study"
-    written(folder, of_one_weight)
+    ledger = written(folder, of_one_weight)
     url = f"sqlite:///{folder / 'study.db'}"
     assert command("report", url).out == "out/report-study/index.html: written\n"
+    Ledger.open(f"sqlite:///{tmp_path}/shared.db", "mine-0123", "digest", ledger.facts())
+    told = command("report", f"sqlite:///{tmp_path}/shared.db").out
+    assert told == "out/report-mine-0123/index.html: written\n"
     assert f"there is {NAME}" in command("report", url, "--name", "other", "-o", "b").error
     Ledger.open(url, "another", "digest", {})
     assert f"The database has another, {NAME}" in command("report", url, "-o", "c").error
