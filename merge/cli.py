@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -105,7 +105,7 @@ def run_command(
     scoring = _scoring_wanted(file, wanted)
     result = run_recipe(
         file, output, memory=memory, threads=threads, restart=restart,
-        overwrite=overwrite, offline=offline, progress=progress,
+        overwrite=overwrite, offline=offline, progress=progress, planned=_scorable(scoring),
     )  # fmt: skip
     report: dict[str, Any] = {
         "output": str(result.folder),
@@ -151,6 +151,15 @@ def _scoring_wanted(file: Path, wanted: bool | None) -> tuple[Any, Any] | None:
         todo = "score the same experts in the routed format"
         raise RequestError(f"{file}: --score: the result is a folder of adapters; {todo}")
     return section, suite_of(section, file)
+
+
+def _scorable(scoring: tuple[Any, Any] | None) -> "Callable[[Plan], None]":
+    """Refuses a plan whose result or parents cannot be scored as they shall be."""
+    if scoring is None:
+        return lambda plan: None
+    from merge.score.wanted import check_scorable
+
+    return lambda plan: check_scorable(plan, scoring[0])
 
 
 def _said_result(result: Any) -> str:

@@ -162,15 +162,17 @@ def run_recipe(
     load: bool = True,
     progress: Progress = quiet,
     about: str = "",
+    planned: Callable[[Plan], None] = lambda plan: None,
 ) -> Result:
     """Merges, writes and verifies what the recipe in `file` asks for; goes on where a run was cut off.
 
     load: a mixture is also loaded with transformers before it is put in its place. about: the end of the
-    model card.
+    model card. planned: is called with the plan before anything is written, and may raise RequestError.
 
     Raises RequestError before anything is written, RunError afterwards.
     """
     plan = plan_recipe(file, memory=memory, offline=offline)
+    planned(plan)
     keep_freed_memory()
     budget = budget_of(plan, memory, threads, fuse=fuse)
     if plan.recipe.sections.adapter or is_adapters(plan):

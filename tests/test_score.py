@@ -56,6 +56,37 @@ def test_the_table_names_models_and_tasks_and_marks_the_best() -> None:
     assert "9 documents" in lines[4]
 
 
+@pytest.mark.parametrize(
+    ("metric", "full", "value", "shown"),
+    [
+        ("acc,none", 1, 0.231, "23.1"),
+        ("eqbench,none", 100, 0.231, "23.1"),
+        ("eqbench,none", 1, 23.1, "23.100"),
+        ("bleu_max,none", 1, 0.5, "0.500"),
+        ("chrf++,none", 1, 0.5, "0.500"),
+        ("bleu_acc,none", 1, 0.5, "50.0"),
+        ("never_heard_of,none", 1, 23.1, "23.100"),
+    ],
+)
+def test_per_cent_are_shown_of_what_is_a_share(
+    metric: str, full: float, value: float, shown: str
+) -> None:
+    suite = Suite("s", Path(), (Task("x", metric, True, full=full),), 1)
+    told = table(Scores(suite, (ModelScores("a", {"x": Score(value, math.nan, 9)}),)))
+    assert told.splitlines()[2].split()[1] == shown
+
+
+def test_json_has_no_nan() -> None:
+    suite = Suite("s", Path(), (Task("x", "m", True),), 1)
+    score = Score(0.5, math.nan, 9, metrics={"m": 0.5, "m_stderr": math.nan, "other": math.inf})
+    told = json.loads(
+        json.dumps(Scores(suite, (ModelScores("a", {"x": score}),)).as_json(), allow_nan=False)
+    )
+    (model,) = told["models"]
+    assert (model["mean"], model["mean_stderr"], model["tasks"]["x"]["stderr"]) == (0.5, None, None)
+    assert model["tasks"]["x"]["metrics"] == {"m": 0.5, "m_stderr": None, "other": None}
+
+
 def test_splits_are_different_tasks() -> None:
     held = {t.name for t in Suite.named("quickstart").tasks}
     search = {t.name for t in Suite.named("quickstart", split="search").tasks}

@@ -1,5 +1,6 @@
 """What a plan and a card say of a mixture: its experts, where they come from, how tokens find them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,8 @@ def loading_code(config: Mapping[str, Any]) -> str:
         (
             auto
             for auto, path in (config.get("auto_map") or {}).items()
-            if str(path).rpartition(".")[2] in kinds
+            # former mixtures may have any keys
+            if re.fullmatch(r"AutoModel\w*", auto) and str(path).rpartition(".")[2] in kinds
         ),
         "AutoModelForCausalLM",
     )

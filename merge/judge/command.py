@@ -76,8 +76,9 @@ def judge(
 
     Example: mergetool judge out/merged zoo:base --judge-url http://localhost:8000/v1 --judge-model NAME
     """
+    from merge.judge.journal import alone
     from merge.judge.judging import Court
-    from merge.judge.outcome import told_comparison, told_grades
+    from merge.judge.outcome import counts_of, cut_of, told_comparison, told_grades
     from merge.judge.questions import questions_of
     from merge.judge.server import Server
     from merge.score import Conditions
@@ -88,23 +89,25 @@ def judge(
     questions = questions_of(sets)[:limit]
     server = Server.at(url, judge_model, max_tokens=max_tokens)
     server.check()
-    conditions = Conditions(device=device, trusted=trusted, memory=memory)
+    conditions = Conditions(device=device, chat_template=True, trusted=trusted, memory=memory)
     found = [candidate(name, offline=offline) for name in models]
     for each, name in zip(found, models, strict=True):
         check_candidate(each, name, conditions)
-    court = Court(server, questions, output, max_tokens, parallel, conditions)
-    if len(models) == 2 and not single:
-        comparison = _compared(court, found, models)
-        results: list[Any] = [comparison]
-        told, talks = told_comparison(comparison), list(comparison.talks)
-    else:
-        grades = _graded(court, found, models)
-        results, told = list(grades), told_grades(grades)
-        talks = [each.talks for each in grades]
-    unreadable, asked = sum(r.unreadable for r in results), sum(r.asked for r in results)
-    if unreadable == asked:
+    with alone(output):
+        court = Court(server, questions, output, max_tokens, parallel, conditions)
+        if len(models) == 2 and not single:
+            comparison = _compared(court, found, models)
+            results: list[Any] = [comparison]
+            told, talks = told_comparison(comparison), list(comparison.talks)
+        else:
+            grades = _graded(court, found, models)
+            results, told = list(grades), told_grades(grades)
+            talks = [each.talks for each in grades]
+    counts = counts_of(results)
+    if counts["unreadable"] == counts["asked"]:
         raise ScoreError(
-            f"{judge_model}: none of its {asked} replies could be read; they are in {output / 'grades.jsonl'}"
+            f"{judge_model}: none of its {counts['asked']} replies could be read{cut_of(counts)}; "
+            f"they are in {output / 'grades.jsonl'}"
         )
     if as_json:
         reports = [each.as_json() for each in results]

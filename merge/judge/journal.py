@@ -1,15 +1,48 @@
 """What was answered and graded, a line of JSON each, by what was asked: nothing is asked twice."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from merge.agreement import canonical
-from merge.errors import RequestError, WriteError
+from merge.errors import OutputError, RequestError, WriteError
+from merge.printing import printable
+
+LOCK = "lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes the folder of journals and holds its lock; raises OutputError where another run has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot be used ({error.strerror})") from None
+    try:
+        _take(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = printable(os.read(lock, 100).decode("utf-8", "replace")) or "another run"
+        what = f"{holder} judges there; wait for it or choose another --output"
+        raise OutputError(f"{folder}: {what}") from None
+    with suppress(OSError):  # of a full disk, which the journals tell
+        os.truncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 class Journal:
@@ -18,6 +51,7 @@ class Journal:
     def __init__(self, file: Path) -> None:
         self._file, self._lock = file, Lock()
         self._known: dict[str, dict[str, Any]] = {}
+        self._turns: dict[str, Lock] = {}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             text = file.read_bytes() if file.exists() else b""
@@ -35,15 +69,21 @@ class Journal:
     def row(
         self, asked: Mapping[str, Any], about: Mapping[str, Any], answered: Callable[[], Any]
     ) -> Any:
-        """The answer to `asked`: that of the file, or a new one, which is written down at once. about: what
-        the row tells besides."""
+        """The answer to `asked`: that of the file, or a new one, which is written down at once; threads that
+        ask the same wait for the one answer. about: what the row tells besides."""
         key = hashlib.sha256(canonical(dict(asked)).encode()).hexdigest()
-        if key not in self._known:
-            row = {"key": key, **about, "answer": answered()}
-            with self._lock:
-                self._append(row)
+        with self._turn(key):
+            if key not in self._known:
+                row = {"key": key, **about, "answer": answered()}
+                with self._lock:
+                    self._append(row)
                 self._known[key] = row
         return self._known[key]["answer"]
+
+    def _turn(self, key: str) -> Lock:
+        """Held by the thread that asks."""
+        with self._lock:
+            return self._turns.setdefault(key, Lock())
 
     def _append(self, row: Mapping[str, Any]) -> None:
         try:

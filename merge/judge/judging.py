@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from merge.judge.grading import grade_of, once_more, to_compare, to_grade, verdi
 from merge.judge.journal import Journal
 from merge.judge.outcome import Comparison, Grades, Reading, Talks
 from merge.judge.questions import Question
-from merge.judge.server import Messages, Server
+from merge.judge.server import Messages, Reply, Server
 from merge.score.conditions import Conditions
 from merge.score.harness import quiet_libraries
 from merge.score.models import Candidate
@@ -97,26 +97,26 @@ class Court:
     def _read(self, kind: str, messages: Messages, about: Mapping[str, Any]) -> Reading:
         """What the judge says; asked once more where that cannot be read."""
         reply = self._reply(messages, {"kind": kind, **about})
-        value = READ[kind](reply)
+        value = _value(kind, reply)
         if value is not None:
             return Reading(value, False)
-        reply = self._reply(
-            once_more(messages, reply, kind), {"kind": kind, **about, "again": True}
-        )
-        return Reading(READ[kind](reply), True)
+        again = once_more(messages, reply.text, kind)
+        reply = self._reply(again, {"kind": kind, **about, "again": True})
+        return Reading(_value(kind, reply), True, not reply.is_whole)
 
-    def _reply(self, messages: Messages, about: Mapping[str, Any]) -> str:
-        asked = {
-            "url": self.server.url,
-            "judge": self.server.model,
-            "limit": self.server.max_tokens,
-            "messages": list(messages),
-        }
-        return str(
-            self._grades.row(
-                asked, {"judge": self.server.model, **about}, lambda: self.server.ask(messages)
-            )
+    def _reply(self, messages: Messages, about: Mapping[str, Any]) -> Reply:
+        asked = {"url": self.server.url, **self.server.body(messages)}
+        row = self._grades.row(
+            asked,
+            {"judge": self.server.model, **about},
+            lambda: asdict(self.server.ask(messages)),
         )
+        return Reply(**row)
+
+
+def _value(kind: str, reply: Reply) -> float | str | None:
+    """None where it cannot be read; what the end of a reply would say is not known before it is there."""
+    return READ[kind](reply.text) if reply.is_whole else None
 
 
 def _texts(answers: Sequence[Mapping[str, Any]]) -> list[str]:

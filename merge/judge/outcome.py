@@ -7,15 +7,16 @@ from typing import Any
 
 from merge.judge.grading import HIGHEST
 from merge.judge.questions import Question
-from merge.score.results import Answers
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read from a judge's reply: a grade, A, B or tie, or None; whether it was asked once more."""
+    """What was read from a judge's reply: a grade, A, B or tie, or None; whether it was asked once more, and
+    whether its last reply was cut off."""
 
     value: float | str | None
     again: bool
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,23 @@ def mean_of(values: Sequence[float]) -> Share:
 
 @dataclass(frozen=True)
 class Talks:
-    """Shares of a model's answers that were cut off at the limit of tokens, and that say nothing."""
+    """Numbers of a model's answers: all, those cut off at the limit of tokens, those that say nothing."""
 
     answers: int
-    cut: float
-    empty: float
+    cut: int
+    empty: int
 
     @classmethod
     def of(cls, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Talks":
         found = [answer for turns in answers.values() for answer in turns]
-        count = max(1, len(found))
-        cut = sum(bool(a["cut"]) for a in found) / count
-        return cls(len(found), cut, sum(not a["text"].strip() for a in found) / count)
+        cut = sum(bool(answer["cut"]) for answer in found)
+        return cls(len(found), cut, sum(not answer["text"].strip() for answer in found))
 
     def doubts(self) -> list[str]:
-        """What is doubtful about them, a line each, by the measure of scores."""
-        return Answers(self.answers, truncated=self.cut, empty=self.empty).doubts()
+        """What is doubtful about them, a line each: there are so few that one counts."""
+        words = {"cut": "were cut off at --max-tokens", "empty": "say nothing"}
+        counts = {key: getattr(self, key) for key in words}
+        return [f"{n} of {self.answers} answers {words[key]}" for key, n in counts.items() if n]
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,13 @@ class Grades:
         grades = [[r.value for r in self.readings[i] if isinstance(r.value, float)] for i in asked]
         return mean_of([math.fsum(g) / len(g) for g in grades if g])
 
-    @property
-    def unreadable(self) -> int:
-        return sum(r.value is None for turns in self.readings.values() for r in turns)
-
-    @property
-    def asked(self) -> int:
-        return sum(map(len, self.readings.values()))
-
     def as_json(self) -> dict[str, Any]:
         return {
             "model": self.label,
             "grade": _shown(self.share()),
             "languages": {one: _shown(self.share(one)) for one in _languages(self.questions)},
             "grades": {i: [r.value for r in turns] for i, turns in self.readings.items()},
-            **_counts(self.readings.values()),
+            **counts_of([self]),
             "answers": asdict(self.talks),
         }
 
@@ -127,14 +121,6 @@ class Comparison:
         found = [r.value for both in self.readings.values() for r in both]
         return mean_of([float(value == "A") for value in found if value in ("A", "B")])
 
-    @property
-    def asked(self) -> int:
-        return sum(map(len, self.readings.values()))
-
-    @property
-    def unreadable(self) -> int:
-        return sum(r.value is None for both in self.readings.values() for r in both)
-
     def as_json(self) -> dict[str, Any]:
         won, tied, lost = self.wins
         return {
@@ -149,7 +135,7 @@ class Comparison:
             "first_place": _shown(self.first_place),
             "inconsistent": self.inconsistent,
             "verdicts": {i: [r.value for r in both] for i, both in self.readings.items()},
-            **_counts(self.readings.values()),
+            **counts_of([self]),
             "answers": [asdict(talks) for talks in self.talks],
         }
 
@@ -164,12 +150,15 @@ def _languages(questions: Sequence[Question]) -> list[str]:
     return list(dict.fromkeys(q.language for q in questions if q.language))
 
 
-def _counts(readings: Any) -> dict[str, int]:
-    every = [reading for several in readings for reading in several]
+def counts_of(found: Sequence[Grades | Comparison]) -> dict[str, int]:
+    """How much the judge was asked for, and how much was asked for once more, could not be read in the end,
+    and could not because it was cut off or filtered."""
+    every = [r for each in found for several in each.readings.values() for r in several]
     return {
         "asked": len(every),
         "asked_again": sum(r.again for r in every),
         "unreadable": sum(r.value is None for r in every),
+        "cut": sum(r.cut for r in every),
     }
 
 
@@ -188,7 +177,7 @@ def _line(grades: Grades) -> str:
     parts = f" ({', '.join(languages)})" if len(languages) > 1 else ""
     share = grades.share()
     told = f"{grades.label}: {_grade(share)} of {HIGHEST} on {share.count} questions{parts}"
-    return told + _unread(grades.unreadable, grades.asked)
+    return told + _unread(grades)
 
 
 def told_comparison(found: Comparison) -> str:
@@ -197,7 +186,7 @@ def told_comparison(found: Comparison) -> str:
     rate = mean_of(found.points())
     lines = [
         f"{found.first} against {found.second}: {won} won, {tied} tied, {lost} lost, "
-        f"win rate {_percent(rate)}{_unread(found.unreadable, found.asked)}",
+        f"win rate {_percent(rate)}{_unread(found)}",
         f"order: the first place was preferred in {_percent(found.first_place)} of "
         f"{found.first_place.count} decided verdicts (50 is no bias); in {found.inconsistent} of "
         f"{len(found.readings)} questions the two orders contradict each other, which counts as a tie",
@@ -205,8 +194,18 @@ def told_comparison(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _unread(unreadable: int, asked: int) -> str:
-    return f"; {unreadable} of {asked} replies could not be read" if unreadable else ""
+def _unread(found: Grades | Comparison) -> str:
+    counts = counts_of([found])
+    if not counts["unreadable"]:
+        return ""
+    return (
+        f"; {counts['unreadable']} of {counts['asked']} replies could not be read{cut_of(counts)}"
+    )
+
+
+def cut_of(counts: Mapping[str, int]) -> str:
+    """How many of what could not be read were cut off, if any."""
+    return f" ({counts['cut']} cut off at --max-tokens or filtered)" if counts["cut"] else ""
 
 
 def _grade(share: Share) -> str:

@@ -9,7 +9,7 @@ from http.client import HTTPException
 from socket import create_connection
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from merge.errors import RequestError, ScoreError
@@ -35,6 +35,19 @@ LONGEST_WAIT = 60.0  # seconds between two tries
 
 
 @dataclass(frozen=True)
+class Reply:
+    """`text`: what the server says. `ended`: why it ended, as the server calls that; may be empty."""
+
+    text: str
+    ended: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it was cut off or taken out."""
+        return self.ended not in ("length", "content_filter")
+
+
+@dataclass(frozen=True)
 class Server:
     """`url`: as far as /v1. `model`: how the server names it. `max_tokens`: of a reply. `timeout`: in s."""
 
@@ -47,12 +60,7 @@ class Server:
     @classmethod
     def at(cls, url: str, model: str, *, max_tokens: int = 1024) -> "Server":
         """The server, with the key of the environment; raises RequestError where the address is none."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise RequestError(
-                f"--judge-url {parts.hostname or url!r}: must be http://HOST/v1 or https://HOST/v1, without "
-                f"a name in it; a key belongs into {KEYS[0]}"
-            )
+        parts = _parts(url)
         found = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
         safe = parts.scheme == "https" or parts.hostname in LOCAL
         if found and not safe:
@@ -68,21 +76,27 @@ class Server:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
             create_connection((parts.hostname or "", port), timeout=10).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # of a name that no host can have
             raise RequestError(f"--judge-url {self.url}: nobody answers there ({error})") from None
 
-    def ask(self, messages: Messages) -> str:
-        """The reply, drawn with temperature 0; raises ScoreError where there is none after several tries."""
-        body = {
+    def body(self, messages: Messages) -> dict[str, Any]:
+        """What is sent, which asks for the likeliest reply."""
+        return {
             "model": self.model,
             "messages": list(messages),
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        reply = self._posted(json.dumps(body).encode())
+
+    def ask(self, messages: Messages) -> Reply:
+        """The reply; raises ScoreError where there is none after several tries."""
+        reply = self._posted(json.dumps(self.body(messages)).encode())
         try:
-            return str(reply["choices"][0]["message"]["content"] or "")
-        except (KeyError, IndexError, TypeError):
+            said = reply["choices"][0]
+            return Reply(
+                str(said["message"]["content"] or ""), str(said.get("finish_reason") or "")
+            )
+        except (AttributeError, KeyError, IndexError, TypeError):
             raise ScoreError(f"{self.url}: the reply is no chat completion") from None
 
     def _posted(self, body: bytes) -> Any:
@@ -120,6 +134,23 @@ class Server:
     def _hidden(self, text: str) -> str:
         """Without the key, which some servers repeat."""
         return text.replace(self.key, "***") if self.key else text
+
+
+def _parts(url: str) -> SplitResult:
+    """Those of an address; the error does not repeat it, as it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        named = parts.hostname and parts.port != 0  # a port that is none is a ValueError
+        more = "@" in parts.netloc or parts.query or parts.fragment
+        sound = parts.scheme in ("http", "https") and named and not more
+    except ValueError:
+        sound = False
+    if not sound:
+        raise RequestError(
+            "--judge-url: must be http://HOST/v1 or https://HOST:PORT/v1, with nothing before HOST or after "
+            f"/v1; a key belongs into {KEYS[0]}"
+        )
+    return parts
 
 
 class _Stay(HTTPRedirectHandler):

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from merge.errors import RequestError
 from merge.options import JSON, MEMORY, OFFLINE, THREADS, TRUST, progress
 
 if TYPE_CHECKING:
     from merge.score.results import Scores
+
+# what a run of EuroEval is told; it knows nothing like the other options
+OF_EUROEVAL = ("models", "tasks", "backend", "device", "program", "trusted", "offline", "as_json")
 
 
 def _batch_size(context: click.Context, option: click.Parameter, value: str | None) -> Any:
@@ -47,7 +51,8 @@ def _batch_size(context: click.Context, option: click.Parameter, value: str | No
 @click.option(
     "--num-fewshot",
     type=click.IntRange(min=0),
-    help="Solved examples before each document, whatever suite and task say.",
+    help="Solved examples before each document, instead of what suite and task say; a task that says 0 "
+    "keeps it.",
 )
 @click.option(
     "--apply-chat-template", "chat", is_flag=True, help="Put prompts as chats, examples as turns."
@@ -107,6 +112,7 @@ def score(
         raise RequestError("--include is for --tasks; a suite has its tasks in its folder")
     names = [name for each in tasks for name in each.split(",")]
     if backend == "euroeval":
+        _refuse_others(click.get_current_context())
         _say(_by_euroeval(models, names, program, device, trusted, offline), as_json)
         return
     harness = None
@@ -125,6 +131,18 @@ def score(
             samples=samples, progress=count,
         )  # fmt: skip
     _say(scores, as_json)
+
+
+def _refuse_others(context: click.Context) -> None:
+    """Raises RequestError for an option that EuroEval would not be told."""
+    for option in context.command.params:
+        name = str(option.name)
+        if (
+            name not in OF_EUROEVAL
+            and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        ):
+            what = f"{option.opts[0]} is not for EuroEval, which asks as its leaderboards do"
+            raise RequestError(f"--backend euroeval: {what}; leave it out")
 
 
 def _by_euroeval(

@@ -6,10 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Conditions:
-    """`limit`: documents of each task. `num_fewshot`: solved examples before each document, whatever suite
-    and task say; a task that says 0 keeps it. `chat_template`: prompts are put as chats. `batch_size`: a
-    number or "auto"; None is the suite's. `device`: as torch names it; None is a GPU where there is one.
-    `trusted`: code in model folders may run. `memory`, `threads`: for merging adapters in."""
+    """`limit`: documents of each task. `num_fewshot`: solved examples before each document, instead of
+    what suite and task say; a task that says 0 keeps it. `chat_template`: prompts are put as chats.
+    `batch_size`: a number or "auto"; None is the suite's. `device`: as torch names it; None is a GPU where
+    there is one. `trusted`: code in model folders may run. `memory`, `threads`: for merging adapters in."""
 
     limit: int | None = None
     num_fewshot: int | None = None

@@ -69,7 +69,7 @@ def _scored(
         done = subprocess.run(line, cwd=place, capture_output=True, text=True, errors="replace")
         file = Path(place, RESULTS)
         rows = read_results(file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
-    missing = [name for name in datasets if name not in rows]
+    missing = [n for n in datasets if n not in rows or not math.isfinite(rows[n][1].value)]
     if done.returncode or missing:
         last = next((x for x in reversed(done.stderr.splitlines()) if x.strip()), "it said nothing")
         what = f"{', '.join(missing)} has no result" if missing else f"exit {done.returncode}"
@@ -98,5 +98,6 @@ def _first(results: Mapping[str, Any]) -> tuple[str, Score]:
     radius = total.get(f"{name}_se")
     error = radius / INTERVAL / 100 if radius is not None else math.nan
     metrics = {key: float(value) for key, value in total.items() if value is not None}
-    score = Score(total[name] / 100, error, len(results["raw"]), metrics=metrics)
+    rounds = len(results["raw"])
+    score = Score(metrics.get(name, math.nan) / 100, error, 0, iterations=rounds, metrics=metrics)
     return name.removeprefix("test_"), score

@@ -1,5 +1,6 @@
 """From what the user names to what lm-eval can ask: a folder, or adapters merged into a model in memory."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge.errors import RequestError, ScoreError, SourceError
 from merge.experts.checks.trust import may_run_code
+from merge.printing import printable
 from merge.score.conditions import Conditions
 from merge.sources.model import read_json, refuse_adapters
 
@@ -22,6 +24,7 @@ else:
 TINY = 64 << 20  # bytes of weights
 FLOAT32_LIMIT = 8 << 30  # bytes of weights up to which a CPU scores in float32, its fastest type
 PROBE = "The 1 and only"
+TEMPLATES = "additional_chat_templates"  # where transformers finds those that have names
 
 
 def candidate(name: str, *, offline: bool = False, beside: Path = Path()) -> Candidate:
@@ -63,6 +66,8 @@ def check_candidate(found: Candidate, label: str, conditions: Conditions) -> Non
         raise RequestError(
             "--backend vllm needs vLLM, which is not installed; --backend hf does not"
         )
+    if conditions.chat_template and not _has_template(found):
+        raise _lacks_template(label)
     if not isinstance(found, Path):
         if conditions.backend == "vllm":
             raise RequestError(f"{label}: vLLM scores folders alone; merge the adapter first")
@@ -70,15 +75,38 @@ def check_candidate(found: Candidate, label: str, conditions: Conditions) -> Non
     _runs_code(found, label, conditions.trusted)
 
 
+def _has_template(found: Candidate) -> bool:
+    """Whether its tokenizer has a chat template, by the files where transformers looks for one."""
+    from merge.tokens.vocabulary import SETTINGS, TEMPLATE
+
+    if isinstance(found, Path):
+        files: dict[str, Path | bytes] = {file.name: file for file in found.iterdir()}
+    else:
+        from merge.carry import carried
+
+        files = carried(found)
+    if any(name == TEMPLATE or Path(name).parts[0] == TEMPLATES for name in files):
+        return True
+    told = files.get(SETTINGS, b"{}")
+    settings = read_json(told) if isinstance(told, Path) else json.loads(told)
+    return bool(settings.get("chat_template"))
+
+
+def _lacks_template(label: str) -> RequestError:
+    todo = "write one into it with a recipe (chat_template: chatml)"
+    return RequestError(f"{label}: has no chat template, so it cannot be put chats; {todo}")
+
+
 def _runs_code(folder: Path, label: str, trusted: bool) -> bool:
     """Whether code of the folder is to run; raises RequestError where it is needed and nobody wants it."""
     if trusted or may_run_code(folder):
         return True
     config = read_json(folder / "config.json")
-    if config.get("auto_map") and not _is_known(str(config.get("model_type", ""))):
+    if (led := config.get("auto_map")) and not _is_known(str(config.get("model_type", ""))):
+        names = ", ".join(sorted(led)) if isinstance(led, dict) else "auto_map"
         raise RequestError(
-            f"{label}: brings modelling code of its own ({', '.join(sorted(config['auto_map']))}), which is "
-            "not run unasked; read it, then give --trust-remote-code"
+            f"{label}: brings modelling code of its own ({printable(names)[:100]}), which is not run "
+            "unasked; read it, then give --trust-remote-code"
         )
     return False
 
@@ -105,10 +133,7 @@ def lm_eval_model(found: Candidate, label: str, conditions: Conditions, batch_si
         trusted = isinstance(found, Path) and _runs_code(found, label, conditions.trusted)
         return VLLM(pretrained=str(found), batch_size=conditions.batch_size or "auto",
                     trust_remote_code=trusted)  # fmt: skip
-    model, tokenizer = loaded(found, label, conditions)
-    if conditions.chat_template and not tokenizer.chat_template:
-        raise RequestError(f"{label}: has no chat template; score it without --apply-chat-template")
-    return lm_of(model, tokenizer, size)
+    return lm_of(*loaded(found, label, conditions), size)
 
 
 def loaded(found: Candidate, label: str, conditions: Conditions) -> tuple[Any, Any]:
@@ -119,6 +144,8 @@ def loaded(found: Candidate, label: str, conditions: Conditions) -> tuple[Any, A
         model.to(device).eval()
     else:
         model, tokenizer = _in_memory(found, dtype, device, conditions)
+    if conditions.chat_template and not tokenizer.chat_template:
+        raise _lacks_template(label)
     check_logits(model, tokenizer, label)
     return model, tokenizer
 
@@ -143,15 +170,10 @@ def _from_folder(folder: Path, label: str, dtype: Any, trusted: bool) -> tuple[A
 
 
 def _in_memory(plan: "Plan", dtype: Any, device: str, conditions: Conditions) -> tuple[Any, Any]:
-    """The model that `run` would write, to the bit."""
-    import torch
-
+    """The model that `run` would write, as it would be loaded, to the bit."""
     from merge.pipeline import budget_of
     from merge.search.live import Shells
 
-    if dtype == "auto":
-        widths = {step.dtype: step.rows * step.cols for step in plan.steps}
-        dtype = torch.float16 if max(widths, key=widths.__getitem__) == "F16" else torch.bfloat16
     live = Shells(dtype, device).of(plan)
     live.become(plan, budget_of(plan, conditions.memory, conditions.threads))
     return live.model, live.tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from merge.score.suite import Suite
+from merge.score.suite import Suite, Task
 
 # shares of the answers of a task above which a note is given
 MOST = {"cut_prompts": 0.01, "truncated": 0.1, "empty": 0.05, "looping": 0.05, "alike": 0.5}
@@ -41,8 +41,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's value and its standard error, in parts of full marks; documents scored. `metrics`: all that
-    the harness counted, in its own units."""
+    """A metric's value and its standard error, in parts of full marks; documents scored, or 0 and how many
+    `iterations` over documents that were drawn anew for each. `metrics`: all that the harness counted, in its
+    own units."""
 
     value: float
     stderr: float
@@ -50,6 +51,7 @@ class Score:
     higher_is_better: bool = True
     part: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    iterations: int = 0
 
     @property
     def signed(self) -> float:
@@ -100,6 +102,10 @@ class Scores:
         return [note for model in self.models for note in model.notes()]
 
     def as_json(self) -> dict[str, Any]:
+        told: dict[str, Any] = without_nan(self._facts())
+        return told
+
+    def _facts(self) -> dict[str, Any]:
         return {
             "suite": self.suite.name,
             "tasks": [asdict(task) for task in self.suite.tasks],
@@ -107,11 +113,8 @@ class Scores:
                 {
                     "model": m.label,
                     "mean": m.mean,
-                    "mean_stderr": _number(m.mean_stderr),
-                    "tasks": {
-                        name: asdict(score) | {"stderr": _number(score.stderr)}
-                        for name, score in m.tasks.items()
-                    },
+                    "mean_stderr": m.mean_stderr,
+                    "tasks": {name: asdict(score) for name, score in m.tasks.items()},
                     "answers": {task: asdict(answers) for task, answers in m.answers.items()},
                 }
                 for m in self.models
@@ -120,14 +123,20 @@ class Scores:
         }
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
+def without_nan(value: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(each) for key, each in value.items()}
+    return [without_nan(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def table(scores: Scores) -> str:
     """Models as rows, tasks as columns, per cent with standard errors; the best mean is marked."""
     suite, prefix = scores.suite, f"{scores.suite.name}_"
-    shares = all(task.is_share for task in suite.tasks)
+    share = {task.name: _is_share(scores, task) for task in suite.tasks}
+    shares = all(share.values())
     heads = [
         "model",
         *(t.name.removeprefix(prefix) + " (less is better)" * (not t.higher_is_better) for t in suite.tasks),
@@ -135,7 +144,7 @@ def table(scores: Scores) -> str:
     ]  # fmt: skip
     best = max(m.mean for m in scores.models)
     rows = [
-        [m.label, *(_cell(m.tasks[t.name].value, m.tasks[t.name].stderr, t.is_share) for t in suite.tasks),
+        [m.label, *(_cell(m.tasks[t.name].value, m.tasks[t.name].stderr, share[t.name]) for t in suite.tasks),
          _cell(m.mean, m.mean_stderr, shares) + (" *" if m.mean == best and len(scores.models) > 1 else "")]
         for m in scores.models
     ]  # fmt: skip
@@ -145,14 +154,19 @@ def table(scores: Scores) -> str:
     return "\n".join([*lines, _told(scores, shares)])
 
 
+def _is_share(scores: Scores, task: Task) -> bool:
+    """No fraction is above 1, whatever its name."""
+    return task.is_share and all(abs(model.tasks[task.name].value) <= 1 for model in scores.models)
+
+
 def _told(scores: Scores, shares: bool) -> str:
     """The last line: units and documents."""
-    counts = [s.documents for m in scores.models for s in m.tasks.values()]
-    documents = (
-        f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    )
+    every = [score for model in scores.models for score in model.tasks.values()]
+    counts = [score.documents or score.iterations for score in every]
+    count = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    what = "documents" if any(score.documents for score in every) else "iterations"
     unit = "per cent" if shares else "per cent (values of metrics that are no shares)"
-    return f"suite {scores.suite.name}: {unit} and standard error, {documents} documents a task"
+    return f"suite {scores.suite.name}: {unit} and standard error, {count} {what} a task"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -20,7 +20,7 @@ from merge.score.models import (
     lm_eval_model,
     weight_bytes,
 )
-from merge.score.results import Answers, ModelScores, Score, Scores
+from merge.score.results import Answers, ModelScores, Score, Scores, without_nan
 from merge.score.suite import Suite, Task
 
 SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
@@ -80,7 +80,7 @@ def _kept(file: Path | None) -> Iterator[Keep]:
 
 
 def _append(opened: Any, row: Mapping[str, Any]) -> None:
-    opened.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    opened.write(json.dumps(without_nan(row), ensure_ascii=False, default=str) + "\n")
     opened.flush()
 
 
@@ -125,6 +125,7 @@ def _evaluated(
         raise ScoreError(f"task {task.name}: its documents cannot be had: {reason}") from None
     objects = list(leaves(tree))
     for each in objects:
+        check_direction(each, task)
         set_examples(each, task.num_fewshot if given.num_fewshot is None else given.num_fewshot)
     torch.manual_seed(SEED)  # of answers that are sampled, whatever was scored before
     found = evaluate(
@@ -135,6 +136,16 @@ def _evaluated(
         fewshot_as_multiturn=given.chat_template,
     )
     return found, objects
+
+
+def check_direction(made: Any, task: Task) -> None:
+    """Raises ScoreError where code that nothing lists counts otherwise."""
+    metric = task.metric.partition(",")[0]
+    better = made.higher_is_better().get(metric)
+    if better is not None and (better is not False) != task.higher_is_better:
+        todo = f"name the task in a suite with higher_is_better: {str(not task.higher_is_better).lower()}"
+        told = "less" if task.higher_is_better else "more"
+        raise ScoreError(f"task {task.name}: of {metric} {told} is better by its code; {todo}")
 
 
 def set_examples(task: Any, count: int | None) -> None:

@@ -1,5 +1,7 @@
 """Suites: which tasks are scored together, and what counts of each."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,12 @@ KEYS = ("task", "metric", "higher_is_better", "num_fewshot", "full", "part")
 UNBOUNDED = frozenset(
     [
         *("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
-        *("likelihood_diff", "brier_score", "bleu", "chrf", "ter"),
+        *("likelihood_diff", "brier_score", "bleu", "chrf", "chrf++", "ter"),
+        *("eqbench", "percent_parseable", "exact"),
     ]
 )
+# and what goes from 0 to 100 in truthfulqa, norsumm and squadv2
+SCALED = re.compile(r"(bleu|rouge[12L])_(max|diff|avg)|(HasAns|NoAns|best)_(exact|f1)")
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class Task:
 
     @property
     def is_share(self) -> bool:
-        """Whether values are fractions, to be shown in per cent."""
-        return self.metric.partition(",")[0] not in UNBOUNDED
+        """Whether values are fractions, to be shown in per cent, as far as names tell."""
+        name = self.metric.partition(",")[0]
+        return self.full != 1 or not (name in UNBOUNDED or SCALED.fullmatch(name))
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Suite:
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8"))
             tasks = tuple(_task(entry) for entry in data.get(key, []))
+            batch_size = _whole("batch_size", data.get("batch_size", 1), least=1)
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestError(
                 f"{file}: is no suite ({type(error).__name__}: {error}); it needs name and tasks "
@@ -73,7 +80,7 @@ class Suite:
             str(data.get("name", file.stem if alone else file.parent.name)),
             file if alone else file.parent,
             tasks,
-            int(data.get("batch_size", 1)),
+            batch_size,
             (file.parent,) if brings_tasks else (),
             str(data.get("source", "")),
         )
@@ -98,12 +105,23 @@ def _file_of(name: str) -> Path:
 def _task(entry: Mapping[str, Any]) -> Task:
     if unknown := [str(key) for key in entry if key not in KEYS]:
         raise ValueError(f"{unknown[0]} is no key of a task; there are {', '.join(KEYS)}")
-    few = entry.get("num_fewshot")
+    few, full = entry.get("num_fewshot"), entry.get("full", 1)
+    better = entry.get("higher_is_better", True)
+    if not isinstance(better, bool):
+        raise ValueError(f"higher_is_better is {better!r}; it must be true or false")
+    if isinstance(full, bool) or not isinstance(full, int | float) or not 0 < full < math.inf:
+        raise ValueError(f"full is {full!r}; it must be a number above 0")
     return Task(
         str(entry["task"]),
         str(entry["metric"]),
-        bool(entry.get("higher_is_better", True)),
-        None if few is None else int(few),
-        float(entry.get("full", 1)),
+        better,
+        None if few is None else _whole("num_fewshot", few, least=0),
+        float(full),
         str(entry.get("part", "")),
     )
+
+
+def _whole(key: str, value: Any, least: int) -> int:
+    if type(value) is not int or value < least:  # true is no number here
+        raise ValueError(f"{key} is {value!r}; it must be a whole number from {least}")
+    return value

@@ -10,14 +10,17 @@ from merge.apart import answer_of, reason_of, run_apart
 from merge.errors import RequestError
 from merge.score.conditions import Conditions
 from merge.score.harness import check_installed, check_tasks, task_manager, tasks_by_name
-from merge.score.models import Candidate, candidate
+from merge.score.models import Candidate, candidate, check_candidate
 from merge.score.results import Scores
 from merge.score.running import score_models
 from merge.score.suite import Suite, Task
+from merge.shipped import shipped
 
 if TYPE_CHECKING:
     from merge.pipeline import Result
+    from merge.plan import Plan
     from merge.sections import ScoreSection
+    from merge.sources.model import Model
 
 
 def suite_of(section: "ScoreSection", file: Path) -> Suite:
@@ -28,7 +31,7 @@ def suite_of(section: "ScoreSection", file: Path) -> Suite:
     check_installed()
     if section.tasks is None:
         suite = Suite.named(section.suite or "quickstart")
-        if not suite.include:  # else its tasks lie in its folder
+        if suite.folder != shipped("evals/suites/quickstart"):  # which brings its tasks
             _asked([], [], section.suite, file)
         return suite
     include = [file.parent / section.include] if section.include else []
@@ -67,6 +70,19 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     return {"tasks": [asdict(task) for task in suite.tasks]}
 
 
+def check_scorable(plan: "Plan", section: "ScoreSection") -> None:
+    """Raises RequestError where what will be merged, or a parent, cannot be scored as the section says."""
+    conditions = Conditions(chat_template=section.chat_template)
+    if section.chat_template:
+        check_candidate(plan, "the result", conditions)
+    for model in _parents(plan, section):
+        check_candidate(model.folder, model.label, conditions)
+
+
+def _parents(plan: "Plan", section: "ScoreSection") -> "list[Model]":
+    return [model for model in plan.models if section.parents and not model.computed]
+
+
 def scored_beside_parents(
     result: "Result",
     section: "ScoreSection",
@@ -78,7 +94,7 @@ def scored_beside_parents(
 ) -> Scores:
     """Scores of a merge and of the models that went into it; those with adapters are merged in memory."""
     beside = Path(result.plan.recipe.file).parent
-    parents = [m for m in result.plan.models if section.parents and not m.computed]
+    parents = _parents(result.plan, section)
     found: list[Candidate] = [result.folder]
     found += [
         candidate(m.label, offline=offline, beside=beside) if m.beside else m.folder

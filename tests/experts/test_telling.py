@@ -14,6 +14,7 @@ from ran import Ran
 from routed_models import adapter, base, in_one_process, mixture, three
 
 from merge.experts.checks.loading import _compared_reading
+from merge.experts.telling import loading_code
 from merge.pipeline import run_recipe
 
 EXPERTS = {"roman": "roman-rslora", "elements": "elements-mlp"}
@@ -172,3 +173,11 @@ def test_a_picture_is_what_its_name_says(
     assert told.out.splitlines()[-1].startswith(f"{name}: ")
     assert (tmp_path / name).read_bytes().startswith(starts)
     assert "must end in .png, .pdf, .svg" in command(*asked, "a.jpeg").error
+
+
+def test_what_a_config_calls_its_classes_is_no_code_on_a_card() -> None:
+    led = {"AutoModel, os\nos.abort()  #": "modeling_mixture.RoutedLlamaForCausalLM"}
+    config = {"architectures": ["RoutedLlamaForCausalLM"], "auto_map": led}
+    assert loading_code(config).startswith(
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\nmodel ="
+    )

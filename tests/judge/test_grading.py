@@ -1,14 +1,17 @@
 """What a judge's reply says, on replies as models write them; what grades and verdicts come to."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
 from merge.errors import RequestError
 from merge.judge.grading import grade_of, to_compare, to_grade, verdict_of
 from merge.judge.journal import Journal
-from merge.judge.outcome import Comparison, Grades, Reading, Talks
+from merge.judge.outcome import Comparison, Grades, Reading, Talks, counts_of, told_grades
 from merge.judge.questions import Question, questions_of
 
 QUESTION = Question("q", "en", "maths", ("What is 2 + 2?", "And doubled?"), ("4", ""))
@@ -80,8 +83,24 @@ def test_a_question_is_the_mean_of_its_readable_turns() -> None:
     share = grades.share()
     assert (share.mean, share.count) == (5.5, 2)
     assert share.stderr == pytest.approx(math.sqrt(((7 - 5.5) ** 2 + (4 - 5.5) ** 2) / 1 / 2))
-    assert (grades.unreadable, grades.asked) == (3, 6)
+    assert counts_of([grades]) == {"asked": 6, "asked_again": 3, "unreadable": 3, "cut": 0}
     assert grades.as_json()["languages"]["de"] == {"mean": None, "stderr": None, "count": 0}
+
+
+def test_what_was_cut_off_is_told() -> None:
+    whole, cut, empty = (
+        {"text": t, "cut": c} for t, c in (("4", False), ("4 becau", True), ("", False))
+    )
+    assert Talks.of({"q": [whole, cut, whole], "r": [empty, whole, whole]}).doubts() == [
+        "1 of 6 answers were cut off at --max-tokens",
+        "1 of 6 answers say nothing",
+    ]
+    assert not Talks.of({"q": [whole, whole]}).doubts()
+    readings = {"q": [Reading(7.0, False), Reading(None, True, cut=True)]}
+    told = told_grades([Grades("m", [QUESTION], readings, TALKS)])
+    assert told.endswith(
+        "; 1 of 2 replies could not be read (1 cut off at --max-tokens or filtered)"
+    )
 
 
 def test_one_wins_only_where_both_orders_agree() -> None:
@@ -101,7 +120,7 @@ def test_one_wins_only_where_both_orders_agree() -> None:
     assert found.wins == (1, 4, 1)
     assert found.points() == [1, 0, 0.5, 0.5, 0.5, 0.5]
     assert found.inconsistent == 2
-    assert found.unreadable == 1
+    assert counts_of([found])["unreadable"] == 1
     # A: won, lost, always first twice, half a tie, unread; B: won, lost, always second twice
     assert found.first_place.mean == pytest.approx(6 / 10)
 
@@ -151,3 +170,23 @@ def test_a_journal_gives_back_any_text(tmp_path: Path, text: str) -> None:
     file.open("ab").write(b'{"key": "cut o')
     assert Journal(file).row(asked, {}, lambda: "another") == text
     assert file.read_bytes().endswith(b"}\n")
+
+
+def test_what_several_ask_at_a_time_is_asked_once(tmp_path: Path) -> None:
+    journal, together = Journal(tmp_path / "grades.jsonl"), Barrier(8)
+    asked: list[int] = []
+
+    def ask(number: int) -> object:
+        def answered() -> int:
+            asked.append(number)
+            time.sleep(0.05)  # the others come meanwhile
+            return number
+
+        together.wait()
+        return journal.row({"prompt": number % 2}, {}, answered)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    assert sorted(number % 2 for number in asked) == [0, 1]
+    assert set(answers) == set(asked)
+    assert len((tmp_path / "grades.jsonl").read_bytes().splitlines()) == 2

@@ -55,7 +55,8 @@ def test_every_answer_gets_the_grade_that_the_judge_gives(
     answers = rows(tmp_path / "kept" / "answers.jsonl")
     assert answers[0]["answer"]["text"] == "XII"  # its own template was used
     assert not any(row["answer"]["cut"] for row in answers)
-    assert {row["answer"] for row in rows(tmp_path / "kept" / "grades.jsonl")} == {"Grade: 7"}
+    replies = [row["answer"] for row in rows(tmp_path / "kept" / "grades.jsonl")]
+    assert replies == [{"text": "Grade: 7", "ended": "stop"}] * 6
     # all of it is kept: the same again asks nobody
     assert result(asked("seven", "zoo:clerk")) == found
     assert served.requests - before == 6
@@ -77,8 +78,24 @@ def test_where_nothing_can_be_read_there_is_no_grade(
     ran = asked("mumbler", "zoo:clerk")
     assert ran.code == 1
     assert "none of its 6 replies could be read; they are in kept/grades.jsonl" in ran.error
-    # some are the same request: the same words at the same place of the same conversation
     assert len(rows(tmp_path / "kept" / "grades.jsonl")) == 12
+
+
+def test_a_reply_that_was_cut_off_is_no_grade(
+    command: Command, served: Served, tmp_path: Path
+) -> None:
+    """The judge may say as much as `Grade: 7`, and it is not known that it is not 75."""
+    questions_in(tmp_path / "q.jsonl", TURNS[:1])
+    ran = command(
+        "judge", "zoo:clerk", "--questions", "q.jsonl", "--max-tokens", 8, "--output", "kept",
+        "--judge-url", served.url, "--judge-model", served.judges["seven"],
+    )  # fmt: skip
+    assert ran.code == 1
+    assert (
+        "none of its 2 replies could be read (2 cut off at --max-tokens or filtered)" in ran.error
+    )
+    replies = [row["answer"] for row in rows(tmp_path / "kept" / "grades.jsonl")]
+    assert replies == [{"text": "Grade: 7", "ended": "length"}] * 4
 
 
 def test_one_wins_a_question_where_both_orders_say_so(asked: Callable[..., Ran]) -> None:
@@ -121,6 +138,7 @@ def test_a_model_without_a_template_is_refused(asked: Callable[..., Ran], tmp_pa
     ran = asked("seven", "zoo:base")
     assert ran.code == 2
     assert "zoo:base: has no chat template" in ran.error
+    assert not (tmp_path / "kept").exists()
 
 
 def test_killed_in_the_middle_it_asks_nothing_twice(served: Served, tmp_path: Path) -> None:

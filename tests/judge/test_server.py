@@ -1,16 +1,20 @@
 """What a server may answer besides a reply: errors, waits, other addresses. The key goes nowhere else."""
 
 import json
+import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ran import Ran
 
 from merge.errors import RequestError, ScoreError
-from merge.judge.server import Server
+from merge.judge.journal import alone
+from merge.judge.server import Reply, Server
 
 KEY = "sk-very-secret"
 REPLY = {"choices": [{"message": {"role": "assistant", "content": "Grade: 5"}}]}
@@ -67,7 +71,7 @@ def asked(answering: Answering, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 def test_the_request_is_what_the_protocol_says(answering: Answering, asked: Server) -> None:
     answering.answers = [(200, {}, REPLY)]
-    assert asked.ask(MESSAGES) == "Grade: 5"
+    assert asked.ask(MESSAGES) == Reply("Grade: 5", "")
     body = {"model": "judge", "messages": MESSAGES, "temperature": 0, "max_tokens": 9}
     assert answering.seen == [("/v1/chat/completions", f"Bearer {KEY}", body)]
 
@@ -75,8 +79,21 @@ def test_the_request_is_what_the_protocol_says(answering: Answering, asked: Serv
 def test_a_busy_server_is_asked_again(answering: Answering, asked: Server) -> None:
     wait = {"Retry-After": "0"}
     answering.answers = [(429, wait, {}), (503, wait, {}), (200, {}, REPLY)]
-    assert asked.ask(MESSAGES) == "Grade: 5"
+    assert asked.ask(MESSAGES).text == "Grade: 5"
     assert len(answering.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("ended", "whole"), [("stop", True), ("length", False), ("content_filter", False), (None, True)]
+)
+def test_what_was_cut_off_or_filtered_is_not_whole(
+    answering: Answering, asked: Server, ended: str | None, whole: bool
+) -> None:
+    (choice,) = REPLY["choices"]
+    answering.answers = [(200, {}, {"choices": [choice | {"finish_reason": ended}]})]
+    reply = asked.ask(MESSAGES)
+    assert reply.text == "Grade: 5"
+    assert reply.is_whole is whole
 
 
 def test_a_refusal_is_told_once_and_without_the_key(answering: Answering, asked: Server) -> None:
@@ -100,7 +117,14 @@ def test_what_is_no_completion_is_told(answering: Answering, asked: Server) -> N
         asked.ask(MESSAGES)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "https://me:secret@x/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:8000", "ftp://x/v1", "http://", "http://[::1/v1", "http://x:port/v1", "http://x:99999/v1",
+        "https://me:secret@x/v1", "https://:secret@x/v1", "https://secret@x/v1", "http://me:secret@/v1",
+        "http://me:secret@x:port/v1", "me:secret@x/v1", "https://x/v1?key=secret", "https://x/v1#secret",
+    ],
+)  # fmt: skip
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(RequestError, match="must be http://HOST/v1") as error:
         Server.at(url, "judge")
@@ -116,6 +140,20 @@ def test_a_server_that_is_not_there_is_told_before_a_model_answers(
     ran = command("judge", "zoo:clerk", "--judge-url", url, "--judge-model", "judge")
     assert ran.code == 2
     assert f"{url}: nobody answers there" in ran.error
+
+
+def test_a_folder_that_another_run_has_is_left_alone(
+    command: Callable[..., Ran], answering: Answering, asked: Server, tmp_path: Path
+) -> None:
+    with alone(tmp_path / "kept"):
+        line = ("judge", "zoo:clerk", "--judge-url", url_of(answering), "--judge-model", "judge")
+        ran = command(*line, "--output", "kept")
+    assert ran.code == 2
+    assert re.fullmatch(rf"kept: process {os.getpid()} on .+ judges there; wait .*", ran.error)
+    assert not answering.seen
+    assert [file.name for file in (tmp_path / "kept").iterdir()] == ["lock"]
+    with alone(tmp_path / "kept"):
+        pass
 
 
 def test_a_key_is_not_sent_in_the_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from ran import Ran
 
+from merge.score import ModelScores, Scores, Suite, Task, table
 from merge.score.euroeval import command_line, read_results
 from merge.shipped import shipped
 
@@ -52,8 +53,13 @@ def test_results_are_read_as_shares_with_standard_errors() -> None:
     ((name, (metric, score)),) = read_results(["", json.dumps(row)]).items()
     assert (name, metric) == ("scala-de", "mcc")
     # its "_se" is 1.96 standard errors
-    assert (score.value, score.stderr, score.documents) == (0.4, pytest.approx(0.1), 2)
+    assert (score.value, score.stderr) == (0.4, pytest.approx(0.1))
+    assert (score.documents, score.iterations) == (0, 2)
     assert score.metrics["test_f1"] == 60
+    scores = Scores(
+        Suite("s", Path(), (Task(name, metric, True),), 1), (ModelScores("m", {name: score}),)
+    )
+    assert table(scores).endswith("per cent and standard error, 2 iterations a task")
 
 
 def test_where_it_is_not_there_it_is_said_what_to_do(command: Callable[..., Ran]) -> None:
@@ -62,6 +68,18 @@ def test_where_it_is_not_there_it_is_said_what_to_do(command: Callable[..., Ran]
     assert ran.code == 2
     assert "no-such-program: no such program; install euroeval into an environment" in ran.error
     assert "needs --tasks with names of its data sets" in command(*asked).error
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--suite s", "--split search", "--limit 3", "--num-fewshot 0", "--apply-chat-template", "--batch-size 1",
+     "--samples s.jsonl", "--include .", "--memory 512MiB", "--threads 1"],
+)  # fmt: skip
+def test_what_it_would_not_be_told_is_refused(command: Callable[..., Ran], option: str) -> None:
+    tasks = () if option.startswith(("--suite", "--split")) else ("--tasks", "scala-de")
+    ran = command("score", "zoo:base", "--backend", "euroeval", *tasks, *option.split())
+    assert ran.code == 2
+    assert ran.error.startswith(f"--backend euroeval: {option.split()[0]} is not for EuroEval")
 
 
 @installed

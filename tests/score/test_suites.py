@@ -1,5 +1,6 @@
 """The shipped suites name what the installed harness has; answers that loop are told from others."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,31 @@ def test_a_suite_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("tasks:\n- {task: eq_bench, metric: 'eqbench,none', full: 100}\n")
     assert Suite.named(str(file)).tasks == (Task("eq_bench", "eqbench,none", True, full=100),)
-    file.write_text("tasks:\n- {task: eq_bench, metrik: 'eqbench,none'}\n")
-    with pytest.raises(RequestError, match="metrik is no key of a task"):
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "more", "what"),
+    [
+        ("1", "metrik: acc", "metrik is no key of a task"),
+        ("auto", "", "batch_size is 'auto'; it must be a whole number from 1"),
+        ("0", "", "batch_size is 0"),
+        ("true", "", "batch_size is True"),
+        ("1", "full: 0", "full is 0; it must be a number above 0"),
+        ("1", "full: .nan", "full is nan"),
+        ("1", "full: ten", "full is 'ten'"),
+        ("1", "num_fewshot: -1", "num_fewshot is -1; it must be a whole number from 0"),
+        ("1", "num_fewshot: few", "num_fewshot is 'few'"),
+        ("1", "higher_is_better: 'false'", "higher_is_better is 'false'; it must be true or false"),
+    ],
+)
+def test_a_suite_that_is_none_is_told(
+    tmp_path: Path, batch_size: str, more: str, what: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"batch_size: {batch_size}\ntasks:\n- {{task: eq_bench, metric: 'eqbench,none', {more}}}\n"
+    )
+    with pytest.raises(RequestError, match=f"mine.yaml: is no suite .*{re.escape(what)}"):
         Suite.named(str(file))
 
 

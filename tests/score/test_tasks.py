@@ -4,18 +4,22 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from harness_tasks import choices_in, generated_in, perplexity_in, task_in
 from ran import Ran
 
-from merge.errors import RequestError
+from merge.errors import RequestError, ScoreError
 from merge.pipeline import run_recipe
 from merge.score import Conditions, score_models, table, tasks_by_name
-from merge.score.models import candidate
+from merge.score.harness import leaves
+from merge.score.models import candidate, loaded
+from merge.score.running import check_direction
 from merge.shipped import shipped
 
 BASE = shipped("evals/zoo/base")
@@ -69,6 +73,18 @@ def test_less_is_better_where_the_harness_says_so(tmp_path: Path) -> None:
     assert "texts (less is better)" in table(scores)
 
 
+def test_a_task_that_is_made_may_say_that_less_is_better(tmp_path: Path) -> None:
+    """Of tasks in code nothing is listed that could say it before."""
+    from lm_eval.tasks import get_task_dict
+
+    suite, harness = tasks_by_name(["texts"], [perplexity_in(tmp_path / "mine")])
+    (task,), (made,) = suite.tasks, leaves(get_task_dict(["texts"], harness))
+    check_direction(made, task)
+    check_direction(made, replace(task, metric="unheard_of,none"))
+    with pytest.raises(ScoreError, match=r"less is better by its code; .* higher_is_better: false"):
+        check_direction(made, replace(task, higher_is_better=True))
+
+
 def test_solved_examples_stand_before_each_document_unless_the_task_says_none(
     command: Command, tmp_path: Path
 ) -> None:
@@ -109,6 +125,37 @@ def test_a_model_with_an_adapter_scores_as_what_run_writes(tmp_path: Path) -> No
     assert found["memory"] == found["written"] != found["base"]
 
 
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_model_with_an_adapter_is_in_memory_what_is_loaded_where_dtypes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, told: bool
+) -> None:
+    """As on a GPU, whether config.json names the dtype or not."""
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr("merge.score.models.FLOAT32_LIMIT", 0)
+    shutil.copytree(BASE, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {k: v.to(getattr(torch, dtype)) for k, v in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((BASE / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    config |= {"dtype": dtype} if told else {}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    adapted = f"{tmp_path / 'base'}+zoo:adapters/roman-attention"
+    (tmp_path / "r.yaml").write_text(f"model: '{adapted}'\n")
+    written = run_recipe(tmp_path / "r.yaml", tmp_path / "out").folder
+    live, read = (
+        loaded(found, "m", Conditions(device="cpu"))[0].state_dict()
+        for found in (candidate(adapted), written)
+    )
+    assert live.keys() == read.keys()
+    for name, value in read.items():
+        assert value.dtype == getattr(torch, dtype)
+        assert live[name].dtype == value.dtype
+        assert torch.equal(live[name], value)
+
+
 def test_an_adapter_alone_is_refused(command: Command) -> None:
     ran = command("score", "zoo:adapters/roman-attention")
     assert ran.code == 2
@@ -129,9 +176,29 @@ def test_prompts_are_put_as_chats_where_the_model_has_a_template(
     )
     assert len(chats) == 12
     assert not chats & plains
-    ran = command("score", "zoo:base", *asked, "none.jsonl")
-    assert ran.code == 2
-    assert "zoo:base: has no chat template" in ran.error
+
+
+def test_that_a_model_has_no_template_is_found_before_it_is_loaded(
+    command: Command, tmp_path: Path
+) -> None:
+    choices_in(tmp_path / "mine")
+    asked = (
+        "--tasks",
+        "letters",
+        "--include",
+        "mine",
+        "--apply-chat-template",
+        "--samples",
+        "none.jsonl",
+    )
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(BASE, tmp_path / "weightless", ignore=ignored)
+    for model in ("weightless", ADAPTED):
+        ran = command("score", model, *asked)
+        assert ran.code == 2
+        assert ran.error.startswith(f"{model}: has no chat template")
+    shutil.copytree(shipped("evals/zoo/clerk"), tmp_path / "chatting", ignore=ignored)
+    assert "chatting: cannot be loaded" in command("score", "chatting", *asked).error
 
 
 def test_code_of_others_is_not_run_unasked(command: Command, tmp_path: Path) -> None:
@@ -227,6 +294,7 @@ def test_a_recipe_scores_on_tasks_by_name_and_its_parents_with_adapters(
         ("{tasks: [arc_eazy]}", "no task, group or tag 'arc_eazy' in lm-eval (did you mean 'arc_easy'?)"),
         ("{tasks: [arc_easy], suite: german}", "has both suite and tasks; keep one"),
         ("{suite: nonsense}", "no suite 'nonsense'"),
+        ("{chat_template: true}", "the result: has no chat template"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_scored_writes_nothing(
@@ -267,3 +335,14 @@ def test_groups_are_aggregated_as_they_say_and_tags_are_means_of_their_tasks(
         assert found.documents == 16
         assert found.value == pytest.approx((many.value + few_.value) / 2)
         assert found.stderr == pytest.approx(math.hypot(many.stderr, few_.stderr) / 2)
+
+
+def test_a_suite_in_a_folder_is_checked_before_a_merge(command: Command, tmp_path: Path) -> None:
+    choices_in(tmp_path / "mine")
+    told = {"tasks": [{"task": "letters", "metric": "acc_nrm,none"}]}
+    (tmp_path / "mine" / "suite.yaml").write_text(yaml.safe_dump(told))
+    (tmp_path / "r.yaml").write_text("model: zoo:base\nscore: {suite: mine}\n")
+    ran = command("run", "r.yaml", "-o", "out")
+    assert ran.code == 2
+    assert "task letters has no metric 'acc_nrm,none'" in ran.error
+    assert not list(tmp_path.glob("out*"))
