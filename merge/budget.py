@@ -28,7 +28,7 @@ FUSE_FROM = 1 << 26  # input values of a merge from which compiling (0.15 s) pay
 class Budget:
     """Sizes in bytes. `block`: one input's part of a block; `hold`: inputs of one tensor kept between
     passes, in each of `slots` buffers (0: always read again); `peak`: projected for the process.
-    `fuse`: methods are compiled."""
+    `fuse`: methods are compiled. `spare`: of the cap, what is left as long as no inputs are kept."""
 
     threads: int
     block: int
@@ -36,6 +36,7 @@ class Budget:
     slots: int
     peak: int
     fuse: bool
+    spare: int = 0
 
 
 def make_budget(
@@ -120,7 +121,7 @@ def _with_holds(plan: Plan, threads: int, block: int, base: int, cap: int, fuse:
     # with two buffers steps overlap; one is better where more tensors fit it
     slots = 2 if kept((cap - base) // 2) >= kept(cap - base) else 1
     hold = max((size for size in sizes if size <= (cap - base) // slots), default=0)
-    return Budget(threads, block, hold, slots if hold else 0, base + slots * hold, fuse)
+    return Budget(threads, block, hold, slots if hold else 0, base + slots * hold, fuse, cap - base)
 
 
 def held_bytes(step: Step) -> int:

@@ -71,6 +71,8 @@ class Formula:
         of the result were seen to be finite; if not, some may be."""
         # half precision has no integer shortcut: its loop ends in float32
         dtype = self.step.dtype if self.step.dtype in ("BF16", "F32") else "F32"
+        if stats is not None and self.method.settled:
+            stats = self.method.settled(stats, **self._arguments)
         found = stats if isinstance(stats, OfRows) else OfRows(None, stats)
 
         def merged(raws: Sequence[Any], elements: Callable[[], Counter]) -> list[Any]:

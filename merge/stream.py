@@ -16,7 +16,7 @@ import numpy as np
 from merge.budget import Budget, aligned, block_rows, held_bytes
 from merge.finite import check_grain, check_input
 from merge.formula import Formula, Grain, Merging
-from merge.methods import Request, Statistic
+from merge.methods import Passes, Request, Statistic
 from merge.numerics import (
     STORAGE,
     Raw,
@@ -40,6 +40,15 @@ class StepDigests:
     inputs: tuple[str, ...]
 
 
+class Memory(Protocol):
+    """Of what statistics passes found out about steps, from one run to the next."""
+
+    def known(self, step: Step) -> Any:
+        """What they found out; None where it is not known, or there are none."""
+
+    def keep(self, step: Step, stats: Any) -> None: ...
+
+
 class Writer(Protocol):
     def write(
         self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
@@ -56,12 +65,13 @@ def run(
     progress: Callable[[int], None] = lambda _: None,
     *,
     in_place: InPlace | None = None,
+    memory: Memory | None = None,
 ) -> None:
     """Runs `steps` of `plan`. progress(n): n more bytes were read or written.
 
     in_place(step, first, end): memory for these rows of the result as they are stored, or None where the
     writer is to be given them. Then nothing comes to a disk and the same inputs will be read again: they are
-    mapped where they can be, nothing is digested.
+    mapped where they can be, nothing is digested. memory: of what statistics passes found out in other runs.
 
     Raises ReadError, NonFiniteError or WriteError; what finished before it was handed to the writer.
     """
@@ -78,6 +88,7 @@ def run(
                 progress,
                 block_rows(step, budget.block),
                 in_place,
+                memory,
             )
             if len(job.blocks) == 1:
                 crew.submit(job.run_alone)
@@ -87,11 +98,11 @@ def run(
 
 def _run_in_blocks(job: "_Job", crew: "_Crew", slots: "_Slots") -> None:
     """Statistics passes wait for all blocks; the last pass does not, so that steps overlap."""
-    passes = job.formula.passes()
+    passes = job.passes()
     held = slots.take(job.step, crew.check) if passes and job.in_place is None else None
     if held is not None:
         job.hold(held)
-    stats = driven(passes, lambda request: _over_all_blocks(crew, job, request)) if passes else None
+    stats = job.found_out(passes, lambda request: _over_all_blocks(crew, job, request))
     merging = job.merging(stats)
     remaining = _Countdown(len(job.blocks), lambda: slots.give(held))
     for block in job.blocks:
@@ -118,15 +129,34 @@ class _Job:
     progress: Callable[[int], None]
     rows: int
     in_place: InPlace | None = None
+    memory: Memory | None = None
     was_read: bool = False  # every block was read (and checked, digested) once
     held: list[Raw] | None = None
     output_digests: dict[int, bytes] = field(default_factory=dict)
     input_digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._known = self.memory.known(self.step) if self.memory else None
+        # a grain that was read is merged at once, and checked together with what it gives
+        self.merges_as_it_reads = self.formula.merges_as_it_reads or self._known is not None
+
     @property
     def blocks(self) -> list[Block]:
         total = self.step.rows
         return [(a, min(a + self.rows, total)) for a in range(0, total, self.rows)] or [(0, 0)]
+
+    def passes(self) -> Passes | None:
+        """The statistics passes that have to be made."""
+        return None if self._known is not None else self.formula.passes()
+
+    def found_out(self, passes: Passes | None, measured: Callable[[Request], Statistic]) -> Any:
+        """What they find out, or is known of them."""
+        if passes is None:
+            return self._known
+        stats = driven(passes, measured)
+        if self.memory:
+            self.memory.keep(self.step, stats)
+        return stats
 
     def merging(self, stats: Any) -> Merging | None:
         return None if self.step.copy else self.formula.merging(stats)
@@ -139,8 +169,7 @@ class _Job:
         """The whole step in one thread; its one block is read once."""
         inputs = self._fetch(self.blocks[0])
         self.was_read, self.held = True, inputs
-        passes = self.formula.passes()
-        stats = driven(passes, self._over_one_block) if passes else None
+        stats = self.found_out(self.passes(), self._over_one_block)
         self.emit(self.blocks[0], self.merging(stats), _Countdown(1, lambda: None))
 
     def _over_one_block(self, request: Request) -> Statistic:
@@ -163,7 +192,7 @@ class _Job:
             into = self.in_place(self.step, a, b) if self.in_place else None
             rows, finite = merging(grain, into) if merging else (grain[0][0], True)
             if not finite and not self.formula.allow_nonfinite:
-                unseen = grain[0] if self.formula.merges_as_it_reads else ()
+                unseen = grain[0] if self.merges_as_it_reads else ()
                 check_grain(self.reader.plan, self.step, unseen, rows, a)
             self.progress(rows.nbytes)
             if self.in_place:
@@ -201,8 +230,7 @@ class _Job:
             if not self.was_read:
                 for a, b in grains(self.step.shape, *block):
                     grain = rows[a - first : b - first]
-                    # what merges as it reads is checked together with its output
-                    if not (self.formula.merges_as_it_reads or self.formula.allow_nonfinite):
+                    if not (self.merges_as_it_reads or self.formula.allow_nonfinite):
                         check_input(self.reader.plan, self.step, index, grain, a)
                     if not self.in_place:
                         self.input_digests[index, a] = grain_digest(grain)

@@ -14,7 +14,8 @@ Further positional arguments are handed in by their names:
     ranks    ranks(i) -> float64 array like x[i]: rank by magnitude in the row, 0 to 1 (merge/ranks.py)
 
 Statistics passes are a generator: it yields a Sums or Counts, is sent what that found over the whole
-tensor, and may yield again; what it returns becomes `stats`.
+tensor, and may yield again; what it returns becomes `stats`. Of the parameters it names those that it depends
+on, the others are `**_`: a search that tries others does not measure again.
 
 Methods and statistics are written as element-wise numpy expressions, which the engine may compile into
 one loop (merge/fuse.py). What is not element-wise works too, only slower.
@@ -155,7 +156,8 @@ class Method:
     """A registered method. `base` is "required", "optional" (without one the models themselves take the
     place of task vectors), "first" (one of the models, put first) or "donor" (only lends its files).
     `workspace` counts the float32 arrays of a grain alive at once, per model.
-    `coefficients`(**parameters): those of the models, where the result is their weighted sum."""
+    `coefficients`(**parameters): those of the models, where the result is their weighted sum.
+    `settled`(stats, **parameters): what the function is given in the place of what its passes found."""
 
     name: str
     function: Callable[..., Array]
@@ -172,6 +174,7 @@ class Method:
     copies: Callable[..., bool]
     coefficients: Callable[..., Sequence[float]] | None
     takes: tuple[str, ...]
+    settled: Callable[..., Any] | None
 
     @property
     def summary(self) -> str:
@@ -195,6 +198,11 @@ class Method:
         """Recipe parameters as keyword arguments (`lambda` is a word of Python)."""
         return {("lambda_" if name == "lambda" else name): v for name, v in parameters.items()}
 
+    def measures_by(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the parameters that its statistics depend on: they take them by name."""
+        known = inspect.signature(self.statistics).parameters if self.statistics else {}
+        return {n: value for n, value in self.arguments(parameters).items() if n in known}
+
 
 _REGISTRY: dict[str, Method] = {}
 
@@ -212,13 +220,15 @@ def method(
     check: Callable[..., str | None] | None = None,
     copies: Callable[..., bool] = lambda **_: False,
     coefficients: Callable[..., Sequence[float]] | None = None,
+    settled: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """Registers a function of one grain as the merge method of its name.
 
     passes: statistics passes that the method usually makes; statistics(size, models=, cols=, **parameters)
     starts them (None: not needed with these parameters). mergekit: parameters that give mergekit's
     arithmetic. check(**parameters) -> what is wrong with them together. copies(**parameters): the result
-    is the one model as it is stored, bit for bit. coefficients(**parameters): see Method.
+    is the one model as it is stored, bit for bit. coefficients(**parameters), settled(stats, **parameters):
+    see Method.
     """
 
     def register(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -231,7 +241,7 @@ def method(
         _REGISTRY[function.__name__] = Method(
             function.__name__, function, space, base, models, passes, workspace, paper,
             {p.name: p for p in parameters}, statistics, mergekit or {}, check, copies,
-            coefficients, takes,
+            coefficients, takes, settled,
         )  # fmt: skip
         return function
 

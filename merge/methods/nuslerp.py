@@ -19,19 +19,28 @@ PART, PARTS = 36, 3  # bits, and how many of them: sums of 2**27 integers of 36 
 COLUMNS = 1 << 15  # whose sums are taken in one pass: 9 integers each are 2.3 MiB
 
 
-def arc_weights(
-    size: int, *, models: int, cols: int, weight: Sequence[float], nuslerp_flatten: bool,
-    nuslerp_row_wise: bool,
-) -> Passes | None:  # fmt: skip
-    """Coefficients of the two models, or for each column; none where each row of a grain has its own."""
+def arc_products(
+    size: int, *, models: int, cols: int, nuslerp_flatten: bool, nuslerp_row_wise: bool, **_: Any
+) -> Passes | None:
+    """Inner products of the two models, [2, 2], or in each column, [cols, 2, 2]; none where each row of a
+    grain has its own."""
     if nuslerp_flatten or cols == 1:
-        return _whole_arc_weights(weight)
-    return _column_arc_weights(weight, cols) if nuslerp_row_wise else None
+        return gram(size, models=models)
+    return _column_products(cols) if nuslerp_row_wise else None
+
+
+def arc_weights(
+    products: NDArray[np.float64], *, weight: Sequence[float], **_: Any
+) -> list[float] | Array:
+    """Coefficients of the two models, or for each column, float32 [2, cols]."""
+    if products.ndim == 2:
+        return _arc_weights(weight, products)
+    return np.ascontiguousarray(of_each(products, partial(_arc_weights, weight)).T)
 
 
 @method(
-    space="delta", base="optional", models=(2, 2), passes=2, workspace=7, statistics=arc_weights,
-    check=no_direction, paper="Shoemake 1985, doi:10.1145/325334.325242",
+    space="delta", base="optional", models=(2, 2), passes=2, workspace=7, statistics=arc_products,
+    settled=arc_weights, check=no_direction, paper="Shoemake 1985, doi:10.1145/325334.325242",
 )  # fmt: skip
 def nuslerp(
     x: Models,
@@ -60,19 +69,14 @@ def nuslerp(
     return weighted_sum(x, stats)
 
 
-def _whole_arc_weights(weight: Sequence[float]) -> Passes:
-    return _arc_weights(weight, (yield from gram(0, models=2)))
-
-
-def _column_arc_weights(weight: Sequence[float], cols: int) -> Passes:
-    """float32 [models, cols], so many columns in a pass that their sums stay small."""
+def _column_products(cols: int) -> Passes:
+    """So many columns in a pass that their sums stay small."""
     energy = (yield from gram(0, models=2)).max()
     bound = 2.0 ** math.frexp(energy)[1]
-    out = np.empty((2, cols), np.float32)
+    out = np.empty((cols, 2, 2))
     for first in range(0, cols, COLUMNS):
         columns = slice(first, first + COLUMNS)
-        products = yield from _column_grams(2, columns, bound)
-        out[:, columns] = of_each(products, partial(_arc_weights, weight)).T
+        out[columns] = yield from _column_grams(2, columns, bound)
     return out
 
 

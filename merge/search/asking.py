@@ -20,13 +20,14 @@ class Asker:
     """Proposes candidates; what came of them is told in the order in which they ended.
 
     Two askers of one seed that are asked and told the same propose the same: that is how a search goes on.
+    begun_with: versions of the libraries that asked first. `used_up`: whether nothing new is left.
     """
 
-    def __init__(self, space: Space, section: StudySection) -> None:
+    def __init__(self, space: Space, section: StudySection, begun_with: str = "") -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._space, self._section = space, section
+        self._space, self._section, self._begun_with = space, section, begun_with
         self._failed = optuna.trial.TrialState.FAIL
         directions = ["maximize"] * max(1, len(section.objectives))
         self._study = optuna.create_study(directions=directions, sampler=_sampler(space, section))
@@ -39,16 +40,14 @@ class Asker:
         self._open: dict[int, Any] = {}
         self._known: dict[str, tuple[float, ...] | None] = {}
         self.told = self._repeated = 0
+        self.used_up = False
 
-    def repeat(
-        self, candidates: Sequence[Candidate], begun_with: str = "", *, to_the_end: bool = True
-    ) -> None:
+    def repeat(self, candidates: Sequence[Candidate], *, to_the_end: bool = True) -> None:
         """Is asked and told what was before and it has not heard of yet; RunError where it would have asked
         something else.
 
-        begun_with: versions of the libraries that asked then. to_the_end: also what came to an end after the
-        last question; who asks next must have heard it, and others only once they know that nobody will ask
-        before them.
+        to_the_end: also what came to an end after the last question; who asks next must have heard it, and
+        others only once they know that nobody will ask before them.
         """
         ended = told(candidates)
         for candidate in candidates[self._repeated :]:
@@ -60,7 +59,7 @@ class Asker:
                 continue
             found = self.ask(candidate.number)
             if found is None or digest_of(found[0]) != candidate.digest:
-                then = f": {begun_with}" if begun_with else ""
+                then = f": {self._begun_with}" if self._begun_with else ""
                 raise RunError(
                     f"candidate {candidate.number} would be another one today; begin a new study, or go on "
                     f"with the versions that it was begun with{then}"
@@ -85,6 +84,7 @@ class Asker:
                 self._repeated = number + 1
                 return recipe, asked
             self._tell(trial, self._known[digest])
+        self.used_up = True
         return None
 
     def tell(self, candidate: Candidate) -> None:

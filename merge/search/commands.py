@@ -42,7 +42,7 @@ STUDY = click.option(
     "url",
     metavar="URL",
     help="Database that several machines share: postgresql://USER@HOST/DATABASE, or sqlite:///FILE for runs "
-    "side by side on one. The same command elsewhere joins in.",
+    "side by side on one, each with an --output of its own. The same command elsewhere joins in.",
 )
 RAY = click.option(
     "--ray",
@@ -177,7 +177,7 @@ def _told_live(quiet: bool) -> "Iterator[Callable[[Candidate, Study], None]]":
             return
         last, rate = now, 60 * count / (now - started)
         told = f"best {_points(best[True])}, baselines {_points(best[False])}, {rate:.0f} a minute"
-        said = f"candidate {candidate.number}: {told}, {study.left() / rate:.1f} min left"
+        said = f"candidate {candidate.number}: {told}, {study.minutes_left(rate):.1f} min left"
         click.echo(f"\r{said:<{WIDTH}}" if terminal else said, nl=not terminal, err=True)
 
     try:

@@ -7,18 +7,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.search.sections import StudySection
+from merge.search.sections import ObjectiveSection, StudySection
 
 if TYPE_CHECKING:
     from merge.search.ledger import Candidate
 
-MEAN = "mean"  # over all tasks: what a study without objectives maximises
+MEAN = "mean"  # of all tasks by their shares: what a study without objectives maximises
 
 
 def objectives_of(section: StudySection) -> dict[str, list[str]]:
     """The tasks of each objective by its name, in the order of the study; {} where the mean over all tasks
     is the only one."""
     return {each.name: list(each.tasks) for each in section.objectives}
+
+
+def shares_of(objectives: Sequence[ObjectiveSection], tasks: Sequence[str]) -> dict[str, float]:
+    """What each task counts in the one mean that candidates are chosen by and compared in, of any sum.
+
+    That is the mean of the objectives, each the mean of its tasks by their weights. All of `tasks` count
+    alike where there are no objectives, or where they name others, as where a suite keeps other tasks for
+    the end.
+    """
+    shares: dict[str, float] = {}
+    for each in objectives:
+        total = math.fsum(each.tasks.values())
+        for task, weight in each.tasks.items():
+            shares[task] = shares.get(task, 0.0) + weight / total
+    if not shares or any(task not in tasks for task in shares):
+        return dict.fromkeys(tasks, 1.0)
+    return shares
 
 
 def values_of(section: StudySection, scores: Mapping[str, Any]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from merge.errors import RequestError
 from merge.lines import Lines
-from merge.search.sections import GenomeSection, GenomeTask
+from merge.search.sections import GenomeSection, GenomeTask, first_twice
 from merge.sections import read_section
 from merge.sources.model import read_json, text_config
 from merge.sources.opening import locate
@@ -116,7 +116,9 @@ def _numbers(name: str, genome: GenomeSection, points: int) -> dict[str, Any]:
 
 def _study(data: Mapping[str, Any], lines: Lines) -> dict[str, Any]:
     """The section of that name, with the tasks of the file and their weights."""
-    given = data.get("study") or {}
+    given = data.get("study")
+    if given is not None and not isinstance(given, dict):
+        raise lines.error(("study",), "study must be a table of keys")
     listed = data.get("tasks")
     if not isinstance(listed, list) or not listed:
         raise lines.error(("tasks",), "tasks must be a list of tasks of lm-eval, {name: ...} each")
@@ -124,6 +126,8 @@ def _study(data: Mapping[str, Any], lines: Lines) -> dict[str, Any]:
         read_section(GenomeTask, task if isinstance(task, dict) else {"name": task}, lines, ("tasks", i))
         for i, task in enumerate(listed)
     ]  # fmt: skip
+    if (twice := first_twice([each.name for each in tasks])) is not None:
+        raise lines.error(("tasks",), f"tasks must name each task once; {twice} is there twice")
     study: dict[str, Any] = {
         "tasks": [
             {"task": each.name, "metric": each.metric, "higher_is_better": each.weight > 0}
@@ -135,7 +139,7 @@ def _study(data: Mapping[str, Any], lines: Lines) -> dict[str, Any]:
         study["objectives"] = [{"name": "weighted", "tasks": weights}]
     if data.get("limit") is not None:
         study["limit"] = data["limit"]
-    return study | given
+    return study | (given or {})
 
 
 def layers_of(model: str, *, beside: Path, offline: bool) -> int:

@@ -6,26 +6,23 @@ values in the same order, and so is asked the same questions.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection, Engine
 
 from merge.errors import RequestError, RunError
+from merge.search.database import engine_of, opened, reason_of, storable, without_password
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 PRUNED = "pruned"  # given up before all documents were scored
 ENDED = (DONE, FAILED, PRUNED)
 STALE = 60.0  # seconds without a sign of life after which a worker counts as gone
 LOST = 3  # workers that may be lost over a candidate before it counts as failed
-OPENERS = 20  # times that opening gives way to others who make the same tables
-DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
-GIVEN_UP = (
-    60_000  # milliseconds after which a server forgets who fell silent in the middle of a change
-)
+ASKING = "asking"  # in the place of a split: whose turn it is to ask for that candidate
 
 TABLES = sql.MetaData()
 STUDY = sql.Table(
@@ -57,7 +54,7 @@ CANDIDATES = sql.Table(
     sql.UniqueConstraint("study", "digest"),
     sql.UniqueConstraint("study", "ended"),
 )
-LOOKS = sql.Table(  # at what the search did not see; each candidate once at each split
+LOOKS = sql.Table(  # at what the search did not see, each candidate once at each split; and turns to ask
     "mergetool_looks",
     TABLES,
     sql.Column("study", sql.String(200), primary_key=True),
@@ -68,7 +65,6 @@ LOOKS = sql.Table(  # at what the search did not see; each candidate once at eac
     sql.Column("scores", sql.Text),  # none: the worker is at it
 )
 NUMBER = CANDIDATES.c.number
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,14 @@ class Ledger:
         url: sqlite:///FILE or postgresql://USER@HOST/DATABASE; digest: stands for what is searched and how
         it is scored.
         """
-        engine = _engine(url)
+        engine = engine_of(url)
 
         def made() -> None:
             TABLES.create_all(engine)
             with engine.begin() as connection:
                 _enter(connection, study, digest, facts)
 
-        _opened(url, made)
+        opened(url, made)
         return cls(engine, study)
 
     @classmethod
@@ -123,18 +119,18 @@ class Ledger:
             raise RequestError(
                 f"{without_password(url)}: has no study {study!r}; there is {', '.join(known) or 'none'}"
             )
-        return cls(_engine(url), study)
+        return cls(engine_of(url, reading=True), study)
 
     @staticmethod
     def names(url: str) -> list[str]:
         """Of all studies in a database; raises RequestError."""
-        engine = _engine(url)
+        engine = engine_of(url, reading=True)
 
         def names() -> list[str]:
             with engine.begin() as connection:
                 return list(connection.execute(sql.select(STUDY.c.name)).scalars())
 
-        return _opened(url, names)
+        return opened(url, names)
 
     @contextmanager
     def alone(self) -> Iterator["Ledger"]:
@@ -184,23 +180,10 @@ class Ledger:
             text = connection.execute(chosen).scalar_one()
         return dict(json.loads(text)) if text else None
 
-    def add(self, candidate: Candidate, worker: str | None = None) -> None:
-        """Enters a new candidate, that worker's at once; its number and digest must be new."""
-        owner = {"worker": worker, "beat": self._now()} if worker else {}
+    def add(self, candidate: Candidate) -> None:
+        """Enters a new candidate; its number and digest must be new."""
         with self._begun() as connection:
-            connection.execute(
-                CANDIDATES.insert().values(
-                    study=self.study,
-                    number=candidate.number,
-                    digest=candidate.digest,
-                    origin=candidate.origin,
-                    recipe=json.dumps(candidate.recipe),
-                    asked=json.dumps(candidate.asked),
-                    after=candidate.after,
-                    state=RUNNING if worker else WAITING,
-                    **owner,
-                )
-            )
+            connection.execute(_new(self.study, candidate, state=WAITING))
 
     def take(self, worker: str) -> Candidate | None:
         """The first candidate that waits, or whose worker is silent for too long; now it is this worker's."""
@@ -214,6 +197,30 @@ class Ledger:
                 if self._set(connection, found.number, free, RUNNING, **owner):
                     return found
         return None
+
+    def begin_asking(self, number: int, worker: str) -> bool:
+        """Whether it is this worker's turn to ask for the candidate of that number: nobody has, and nobody is
+        at it. Others may use the ledger meanwhile."""
+        if not self.begin_look(number, ASKING, worker):
+            return False
+        with self._begun() as connection:
+            entered = self._own(sql.select(NUMBER)).where(CANDIDATES.c.number == number)
+            if connection.execute(entered).first() is None:
+                return True
+        self.end_asking(number, worker)
+        return False
+
+    def end_asking(self, number: int, worker: str, found: Candidate | None = None) -> bool:
+        """Ends that turn, and enters what was `found` as the worker's; False where another has the turn by
+        now, who will enter it."""
+        with self._begun() as connection:
+            turn = self._look(number, ASKING, worker)
+            if not connection.execute(LOOKS.delete().where(turn)).rowcount:
+                return False
+            if found:
+                owner = {"worker": worker, "beat": self._now()}
+                connection.execute(_new(self.study, found, state=RUNNING, **owner))
+        return True
 
     def beat(self, worker: str) -> None:
         """Says that the worker is alive."""
@@ -242,7 +249,7 @@ class Ledger:
             "scores": json.dumps(rest) if scores is not None else None,
             "answers": json.dumps(scores["answers"]) if scores and "answers" in scores else None,
         }
-        facts = {"reason": _storable(reason), "seconds": seconds, **told}
+        facts = {"reason": storable(reason), "seconds": seconds, **told}
         return self._ended_with(number, own, state, facts)
 
     def workers(self) -> set[str]:
@@ -296,32 +303,33 @@ class Ledger:
     def end_look(self, number: int, split: str, worker: str, scores: Mapping[str, Any]) -> None:
         """Enters what came of a candidate on that split."""
         rest = {key: value for key, value in scores.items() if key != "answers"}
-        own = sql.and_(
-            LOOKS.c.study == self.study,
-            LOOKS.c.number == number,
-            LOOKS.c.split == split,
-            LOOKS.c.worker == worker,
-        )
+        own = self._look(number, split, worker)
         with self._begun() as connection:
             connection.execute(LOOKS.update().where(own).values(scores=json.dumps(rest)))
 
     # -- how ---------------------------------------------------------------------------------------------
+
+    def _look(self, number: int, split: str, worker: str) -> Any:
+        place = {"study": self.study, "number": number, "split": split, "worker": worker}
+        return sql.and_(*(LOOKS.c[key] == value for key, value in place.items()))
 
     def _give_up_the_silent(self) -> None:
         silent = CANDIDATES.c.beat < self._now() - STALE
         self._let_go(sql.and_(CANDIDATES.c.state == RUNNING, silent))
 
     def _let_go(self, gone: Any, *, died: bool = False) -> None:
-        """Candidates whose worker is gone wait again, or have failed."""
+        """Candidates whose worker is gone wait again, or have failed; each by one change, so that whoever is
+        cut off here leaves none that waits though LOST workers died."""
         with self._begun() as connection:
             found = connection.execute(self._own(sql.select(NUMBER)).where(gone)).scalars().all()
-            for number in found:
-                change = {"lost": CANDIDATES.c.lost + int(died)}
-                self._set(connection, number, gone, WAITING, **change)
-        for number in found if died else ():
-            tired = sql.and_(CANDIDATES.c.state == WAITING, CANDIDATES.c.lost >= LOST)
-            reason = f"{LOST} workers died while they tried it"
-            self._ended_with(number, tired, FAILED, {"reason": reason})
+        once_more = {"lost": CANDIDATES.c.lost + int(died)}
+        last = sql.and_(gone, CANDIDATES.c.lost >= LOST - 1)
+        why = {"reason": f"{LOST} workers died while they tried it"}
+        for number in found:
+            if died and self._ended_with(number, last, FAILED, once_more | why):
+                continue
+            with self._begun() as connection:
+                self._set(connection, number, gone, WAITING, **once_more)
 
     def _ended_with(self, number: int, when: Any, state: str, facts: Mapping[str, Any]) -> bool:
         """Gives a candidate its place among those that ended; False where `when` does not hold any more."""
@@ -368,44 +376,7 @@ class Ledger:
             raise self._error(error) from None
 
     def _error(self, error: Exception) -> RunError:
-        return RunError(f"study {self.study}: {_reason(error)}")
-
-
-def _engine(url: str) -> Engine:
-    """Raises RequestError where nothing is known of such databases."""
-    try:
-        parsed = sql.make_url(url)
-        parsed = parsed.set(drivername=DRIVERS.get(parsed.drivername, parsed.drivername))
-        kind = parsed.get_backend_name()
-        if kind == "sqlite" and parsed.database not in (None, "", ":memory:"):
-            engine = sql.create_engine(parsed)
-            sql.event.listen(engine, "connect", _patient)
-            return engine
-        if kind == "postgresql":
-            options = f"-c idle_in_transaction_session_timeout={GIVEN_UP}"
-            return sql.create_engine(parsed, pool_pre_ping=True, connect_args={"options": options})
-    except ImportError:
-        todo = "install mergetool[postgres]"
-        raise RequestError(f"{without_password(url)}: PostgreSQL needs psycopg; {todo}") from None
-    except (sql.exc.SQLAlchemyError, ValueError):
-        pass
-    what = "must be sqlite:///FILE or postgresql://USER@HOST/DATABASE"
-    raise RequestError(f"{without_password(url)}: is no database for a study; it {what}")
-
-
-def _opened(url: str, attempt: Callable[[], Found]) -> Found:
-    """What `attempt` gives; once more where another made the same in the same moment; raises RequestError."""
-    for left in reversed(range(OPENERS)):
-        try:
-            return attempt()
-        except sql.exc.SQLAlchemyError as error:
-            clash = isinstance(error, sql.exc.IntegrityError) or any(
-                words in str(error) for words in ("already exists", "is locked")
-            )
-            if not left or not clash:
-                raise RequestError(f"{without_password(url)}: {_reason(error)}") from None
-            time.sleep(0.05)
-    raise AssertionError
+        return RunError(f"study {self.study}: {reason_of(error)}")
 
 
 def _enter(connection: Connection, study: str, digest: str, facts: Mapping[str, Any]) -> None:
@@ -422,6 +393,20 @@ def _enter(connection: Connection, study: str, digest: str, facts: Mapping[str, 
         )
 
 
+def _new(study: str, candidate: Candidate, **rest: Any) -> Any:
+    """The change that enters a candidate."""
+    return CANDIDATES.insert().values(
+        study=study,
+        number=candidate.number,
+        digest=candidate.digest,
+        origin=candidate.origin,
+        recipe=json.dumps(candidate.recipe),
+        asked=json.dumps(candidate.asked),
+        after=candidate.after,
+        **rest,
+    )
+
+
 def _candidate(row: Any) -> Candidate:
     scores = json.loads(row.scores) if row.scores else None
     return Candidate(
@@ -433,28 +418,3 @@ def _candidate(row: Any) -> Candidate:
 def told(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that came to an end, in the order in which they did."""
     return sorted((c for c in candidates if c.ended is not None), key=lambda c: c.ended or 0)
-
-
-def _patient(connection: Any, _: Any) -> None:
-    """SQLite: others may write meanwhile; what is entered is on the disk."""
-    connection.execute("PRAGMA busy_timeout = 30000")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-
-
-def _storable(text: str) -> str:
-    """A server takes neither zero bytes nor halves of characters."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-def without_password(url: str) -> str:
-    """The address of a database as it may be shown: no password, none among its options either."""
-    try:
-        parsed = sql.make_url(url)
-    except (sql.exc.SQLAlchemyError, ValueError):
-        return "the study's database"
-    return parsed.set(query={}).render_as_string(hide_password=True)

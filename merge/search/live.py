@@ -8,7 +8,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from merge.carry import carried
 from merge.errors import ScoreError
 from merge.numerics import STORAGE, Raw, to_float32
 from merge.plan import Plan, Step
+from merge.search.measured import Measured, stored_inputs
 from merge.stream import StepDigests, run
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 @dataclass
 class LiveModel:
     """A model as transformers runs it, and its tokenizer. `parameters`: by the names of a plan's steps, each
-    seen as [rows, cols]."""
+    seen as [rows, cols]. `measured`: what is known of the models that it is made of."""
 
     model: Any
     tokenizer: Any
     parameters: Mapping[str, "torch.Tensor"]
+    measured: Measured = field(default_factory=Measured)
 
     def __post_init__(self) -> None:
         self._memory = {name: _memory_of(value) for name, value in self.parameters.items()}
@@ -76,7 +78,8 @@ class LiveModel:
     def become(self, plan: Plan, budget: Budget) -> None:
         """Takes on the values of `plan`; raises RunError where an input cannot be read or is not finite.
 
-        Tensors that are made of the same as those of the plan before are there already.
+        Tensors that are made of the same as those of the plan before are there already, and what statistics
+        passes found out for any plan before is not measured again.
         """
         import torch
 
@@ -86,17 +89,16 @@ class LiveModel:
             s for s in plan.steps if not made_of[s.name] or made_of[s.name] != there.get(s.name)
         ]
         with torch.no_grad():
-            run(plan, budget, self, others, in_place=self.place)
+            known = self.measured.of(plan, budget.spare)
+            run(plan, budget, self, others, in_place=self.place, memory=known)
         self._made_of = made_of
 
 
 def _made_of(plan: Plan, step: Step) -> str:
     """Stands for the values of a step in all plans whose models are the same files; empty where it cannot."""
-    models = [plan.models[operand.model] for operand in step.inputs]
-    if any(operand.step for operand in step.inputs) or any(model.computed for model in models):
-        return ""
+    inputs = stored_inputs(plan, step)
     allow = plan.recipe.sections.allow_nonfinite
-    return canonical([step.facts, [model.label for model in models], allow])
+    return "" if inputs is None else canonical([step.facts, inputs, allow])
 
 
 def _memory_of(parameter: "torch.Tensor") -> tuple[str, Raw] | None:
@@ -117,13 +119,17 @@ def _torch(dtype: str) -> "torch.dtype":
 
 
 class Shells:
-    """Live models without values yet, one for each config and tokenizer; the last ones are kept."""
+    """Live models without values yet, one for each config and tokenizer; the last ones are kept.
+
+    dtype: that of all of them, or "auto", which is for each what it would be loaded in as a folder.
+    """
 
     KEPT = 2
 
-    def __init__(self, dtype: "torch.dtype", device: str) -> None:
+    def __init__(self, dtype: "torch.dtype | str", device: str) -> None:
         self._dtype, self._device = dtype, device
         self._known: dict[str, LiveModel] = {}
+        self._measured = Measured()  # of the same models, whatever is made of them
 
     def of(self, plan: Plan) -> LiveModel:
         """A model with the config, tokenizer and tensor names of `plan`; raises ScoreError."""
@@ -143,9 +149,17 @@ class Shells:
                     shutil.copyfile(content, place)
                 else:
                     place.write_bytes(content)
-            model, tokenizer = _loaded(Path(folder), self._dtype)
+            model, tokenizer = _loaded(Path(folder), _chosen(self._dtype, plan))
         model.to(self._device).eval()
-        return LiveModel(model, tokenizer, _by_step(plan, model))
+        return LiveModel(model, tokenizer, _by_step(plan, model), self._measured)
+
+
+def _chosen(dtype: "torch.dtype | str", plan: Plan) -> "torch.dtype | None":
+    """What transformers takes for "auto": that of config.json (None), else that of the first tensor."""
+    if not isinstance(dtype, str):
+        return dtype
+    told = plan.recipe.out_dtype or plan.config.get("dtype") or plan.config.get("torch_dtype")
+    return None if told else _torch(plan.steps[0].dtype)
 
 
 def _shape_of(plan: Plan) -> str:
@@ -155,13 +169,14 @@ def _shape_of(plan: Plan) -> str:
     return hashlib.sha256(canonical([dict(plan.config), names, files]).encode()).hexdigest()
 
 
-def _loaded(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
+def _loaded(folder: Path, dtype: "torch.dtype | None") -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
+        chosen = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(config, **chosen), tokenizer
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ScoreError(f"cannot be made in memory: {reason}") from None

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from merge.search.parents import check_parents, parents_facts
 from merge.search.scoring import Scorer
 from merge.search.sections import OF_SEVERAL, StudySection
 from merge.search.space import Space, varying
-from merge.search.starts import check_starts, with_recipes
+from merge.search.starts import check_starts, with_recipes, with_values
 from merge.search.study import Setup, Study, check_plans
 from merge.search.tried import parents_of
 from merge.sections import read_section
@@ -51,17 +51,18 @@ def open_study(
 ) -> Iterator[Study]:
     """The study of a recipe that may vary, in `folder` alone as long as it is open; raises RequestError.
 
-    folder: keeps its database, and is made once the recipe is known to be right. changes: to its `study`
-    section. sampler: where that names none; None: one that suits what varies. url: of a database that runs on
-    this machine and others share, in the place of the folder's.
+    folder: keeps its database and outcome, and is made once the recipe is known to be right. changes: to its
+    `study` section. sampler: where that names none; None: one that suits what varies. url: of a database that
+    runs on this machine and others share, each with a folder of its own, in the place of the folder's.
     """
     here = f"sqlite:///{folder.absolute() / DATABASE}"
     setup = Setup(
         file, changes or {}, sampler, memory, threads, offline, url or here, url is not None, Path.cwd()
     )  # fmt: skip
     prepared = _prepared(setup)
-    with nullcontext() if url else _alone(folder):
-        yield _entered(setup, *prepared)
+    shared = _entered(setup, *prepared) if url else None  # first: it may be out of reach
+    with _alone(folder):
+        yield shared or _entered(setup, *prepared)
 
 
 def joined(setup: Setup) -> Study:
@@ -127,7 +128,7 @@ def read_space(
         raise lines.error((), what)
     space = Space(data, lines)
     dimensions = {dimension.name: dimension for dimension in space.dimensions()}
-    section = with_recipes(section, file, lines)
+    section = with_values(with_recipes(section, file, lines), space)
     check_starts(section, dimensions, lines)
     several = len(section.objectives)
     chosen = section.sampler or sampler or sampler_for(space, several)

@@ -11,6 +11,7 @@ import yaml
 
 from merge.search.front import objectives_of, values_of
 from merge.search.ledger import Candidate
+from merge.search.places import moved
 from merge.search.sections import StudySection
 from merge.search.verdict import Values, Verdict, error_of
 from merge.write import writing
@@ -24,7 +25,7 @@ class Outcome:
 
     Of several objectives `top` is the front, and the winner has the best mean of them on val. `kin`: what is
     told of the ancestors that models of a candidate share, by number. `saved`: documents that those were not
-    asked that were given up, by number.
+    asked that were given up, by number. `home`: from where relative names in recipes start.
     """
 
     winner: Candidate
@@ -38,6 +39,7 @@ class Outcome:
     section: StudySection = field(default_factory=StudySection)
     kin: Mapping[int, Sequence[str]] = field(default_factory=dict)
     saved: Mapping[int, int] = field(default_factory=dict)
+    home: Path = Path()
 
     @property
     def average_is_as_good(self) -> bool:
@@ -88,14 +90,16 @@ class Outcome:
         return dict(zip(objectives, values_of(self.section, scores), strict=bool(objectives)))
 
     def save(self, folder: Path) -> None:
-        """Writes outcome.json and recipes/candidate-N.yaml of the best; raises WriteError."""
+        """Writes outcome.json, and recipes/candidate-N.yaml of the best, which say the same from there;
+        raises WriteError."""
         place = folder / "recipes"
         with writing(folder):
             place.mkdir(parents=True, exist_ok=True)
             for former in place.glob("candidate-*.yaml"):
-                former.unlink(missing_ok=True)  # two runs of one study may save the same
+                former.unlink()
             for candidate in self.top:
-                text = yaml.safe_dump(dict(candidate.recipe), sort_keys=False, allow_unicode=True)
+                recipe = moved(candidate.recipe, self.home, [place])
+                text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
                 file = place / f"candidate-{candidate.number}.yaml"
                 file.write_text(text, encoding="utf-8")
             text = json.dumps(self.as_json(), indent=1, ensure_ascii=False)
@@ -104,7 +108,12 @@ class Outcome:
 
 def errors_of(scores: Mapping[str, Any]) -> float:
     """Standard error of a candidate's mean."""
-    return error_of(arrays_of(scores))
+    return error_of(arrays_of(scores), shares_in(scores))
+
+
+def shares_in(scores: Mapping[str, Any]) -> dict[str, float]:
+    """What each task counts in their mean; all alike where it is not told."""
+    return dict(scores.get("shares") or dict.fromkeys(scores["values"], 1.0))
 
 
 def arrays_of(scores: Mapping[str, Any]) -> dict[str, Values]:

@@ -4,7 +4,6 @@ lm-eval builds prompts, filters answers and judges them; what it does anew for e
 """
 
 import hashlib
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -28,8 +27,9 @@ from merge.search.documents import (
     refuse_overlap,
     split_by_hash,
 )
-from merge.search.sections import StudySection
-from merge.search.verdict import Values
+from merge.search.front import shares_of
+from merge.search.sections import ObjectiveSection, StudySection
+from merge.search.verdict import Values, mean_of
 
 BATCH_SIZE = 8  # of tasks that come without a suite
 
@@ -39,17 +39,18 @@ class Marks:
     """What came of a model's answers. `values`: of the metric, by task, [documents], larger is better.
     `answers`: log-probabilities and whether they were the likeliest, or texts, by task. `truncated`, `empty`,
     `alike`: shares of the answers that stopped at the limit, say nothing, or are the most frequent one of
-    their task."""
+    their task. `shares`: what each task counts in the mean, of any sum; one without counts nothing."""
 
     values: Mapping[str, Values]
     answers: Mapping[str, list[Any]]
     truncated: float
     empty: float
     alike: float
+    shares: Mapping[str, float]
 
     @property
     def mean(self) -> float:
-        return math.fsum(float(v.mean()) for v in self.values.values()) / len(self.values)
+        return mean_of(self.values, self.shares)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -60,16 +61,19 @@ class Marks:
             "truncated": self.truncated,
             "empty": self.empty,
             "alike": self.alike,
+            "shares": dict(self.shares),
         }
 
 
 @dataclass
 class Panel:
-    """One split of a suite's documents. `tasks`: lm-eval's, by name, each with its requests."""
+    """One split of a suite's documents. `tasks`: lm-eval's, by name, each with its requests. `shares`: what
+    each of them counts in the mean (see Marks)."""
 
     split: Split
     metrics: Mapping[str, Task]
     tasks: Mapping[str, Any]
+    shares: Mapping[str, float]
 
     @property
     def digest(self) -> str:
@@ -79,7 +83,7 @@ class Panel:
             for name, task in self.tasks.items()
             for documents in [[identity(r.doc) for r in task.instances]]
         }
-        return hashlib.sha256(canonical(found).encode()).hexdigest()
+        return hashlib.sha256(canonical([found, dict(self.shares)]).encode()).hexdigest()
 
     def marks(self, lm: Any) -> Marks:
         """Puts all documents to the model of `lm`; ScoreError where a metric has no value per document."""
@@ -93,7 +97,7 @@ class Panel:
         for name, task in self.tasks.items():
             places = np.searchsorted(self.split.documents[name], documents[name])
             tasks[name] = _of(task, places.tolist())
-        return Panel(split, self.metrics, tasks)
+        return Panel(split, self.metrics, tasks, self.shares)
 
     def ask(self, lm: Any) -> None:
         """Puts all documents to the model of `lm`, which are judged later."""
@@ -121,6 +125,7 @@ class Panel:
             _truncated(self.tasks, lm),
             sum(not text.strip() for text in every) / max(1, len(every)),
             max((_commonest(found) for found in texts.values() if found), default=0.0),
+            self.shares,
         )
 
     def _judged(self, name: str, task: Any) -> Values:
@@ -156,11 +161,13 @@ def suite_of(section: StudySection) -> Suite:
     return Suite("tasks", Path(), tuple(tasks), BATCH_SIZE, include)
 
 
-def panels(of: str | Suite, limit: int | None) -> dict[str, Panel]:
+def panels(
+    of: str | Suite, limit: int | None, objectives: Sequence[ObjectiveSection] = ()
+) -> dict[str, Panel]:
     """dev, val and test of a suite. What it keeps apart as search_tasks is dev and val, the rest is test;
     else the documents are split by hash. Raises RequestError where a document would be in two of them.
 
-    limit: of documents of each task of dev.
+    limit: of documents of each task of dev. objectives: whose mean counts.
     """
     suite, apart = (of, None) if isinstance(of, Suite) else (Suite.named(of), _apart(of))
     looked = apart or suite
@@ -173,9 +180,9 @@ def panels(of: str | Suite, limit: int | None) -> dict[str, Panel]:
         refuse_overlap([("search", documents), ("test", last)])
     dev = limited(splits["dev"], limit)
     return {
-        "dev": _panel(looked, dev),
-        "val": _panel(looked, splits["val"]),
-        "test": _panel(suite, splits["test"]),
+        "dev": _panel(looked, dev, objectives),
+        "val": _panel(looked, splits["val"], objectives),
+        "test": _panel(suite, splits["test"], objectives),
     }
 
 
@@ -187,7 +194,7 @@ def _apart(name: str) -> Suite | None:
         return None
 
 
-def _panel(suite: Suite, split: Split) -> Panel:
+def _panel(suite: Suite, split: Split, objectives: Sequence[ObjectiveSection]) -> Panel:
     tasks = _lm_eval_tasks(suite, suite.tasks)
     for name, task in tasks.items():
         numbers = list(split.documents.get(name, ()))
@@ -196,7 +203,8 @@ def _panel(suite: Suite, split: Split) -> Panel:
                 f"task {name} has no documents for {split.name}; it is too small to search on"
             )
         task.build_all_requests(samples=numbers, rank=0, world_size=1)
-    return Panel(split, {task.name: task for task in suite.tasks}, tasks)
+    shares = shares_of(objectives, list(tasks))
+    return Panel(split, {task.name: task for task in suite.tasks}, tasks, shares)
 
 
 def _of(task: Any, places: Sequence[int]) -> Any:
@@ -216,6 +224,8 @@ def _lm_eval_tasks(suite: Suite, tasks: Sequence[Task]) -> dict[str, Any]:
 
     harness, found = task_manager(suite), {}
     for task in tasks:
+        if task.name in found:
+            raise RequestError(f"suite {suite.name}: names task {task.name} twice; it counts once")
         parts = list(leaves(get_task_dict([task.name], harness)))
         if len(parts) != 1:
             within = ", ".join(part.config.task for part in parts[:3])

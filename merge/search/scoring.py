@@ -47,7 +47,9 @@ class Scorer:
         self._batch_size = suite.batch_size
         with quiet_libraries():
             self.panels: dict[str, Panel] = panels(
-                suite if self.section.tasks else self.section.suite, self.section.limit
+                suite if self.section.tasks else self.section.suite,
+                self.section.limit,
+                self.section.objectives,
             )
             self._blocks = blocks_of(self.panels["dev"]) if self.section.prune else []
             self._shells = Shells(*scoring_dtype())

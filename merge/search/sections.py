@@ -1,5 +1,6 @@
 """The keys of a recipe about a search."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, StrictInt, field_validator, model_validator
@@ -13,6 +14,11 @@ OF_SEVERAL = (
     "random",
     "grid",
 )  # that can look for the best in several objectives
+
+
+def first_twice(names: Sequence[str]) -> str | None:
+    """The first name that was there before, if any was."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 class ObjectiveSection(Strict):
@@ -110,6 +116,13 @@ class StudySection(Strict):
         if self.include and not self.tasks:
             raise ValueError("has include without tasks, which it is for")
         return self
+
+    @field_validator("tasks", mode="after")
+    @classmethod
+    def _each_once(cls, value: list[TaskSection] | None) -> list[TaskSection] | None:
+        if (twice := first_twice([each.task for each in value or ()])) is not None:
+            raise ValueError(f"must name each task once; {twice} is there twice")
+        return value
 
     @field_validator("objectives", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from merge.search.ledger import Ledger
 
 BEAT = 10.0  # seconds between two signs of life; a worker counts as gone after ledger.STALE
 PAUSE = 0.2  # seconds between two looks at what others are at
+SOON = 0.02  # seconds until who waits to ask looks again whether it may
 
 
 def own_name() -> str:

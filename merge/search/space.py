@@ -25,6 +25,10 @@ from merge.search import paths
 DIGITS = 6  # significant ones of a number that is drawn: a candidate is a recipe that people read
 WAYS = ("search", "choice", "pool")
 LAYERED = ("path", "groups")  # of slices
+PICKED, LEFT = (
+    "model",
+    "other",
+)  # of a place in a pool: which model is asked for; which, where that is taken
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,14 @@ class Space:
 
     def filled(self, ask: Ask) -> dict[str, Any]:
         """The plain recipe that the answers give, each dimension asked for once; raises RecipeError."""
-        data, filler = dict(self.data), _Filler(self.lines, ask)
-        variants = data.pop("variants", None)
-        found = cast(dict[str, Any], filler.value(data, ()))
-        if variants is not None:
-            found = _joined(found, filler.variant(variants))
-        return ({"base_model": filler.base} if filler.base else {}) | found
+        return _Filler(self.lines, ask).recipe(self.data)
+
+    def models_picked(self, answers: Mapping[str, float]) -> dict[str, str]:
+        """The model in every place of a pool that these answers give, by the dimension that asks first:
+        another one than was asked for, where that was taken. Raises KeyError where an answer is missing."""
+        filler = _Filler(self.lines, lambda dimension: answers[dimension.name])
+        filler.recipe(self.data)
+        return filler.picked
 
     def dimensions(self) -> list[Dimension]:
         """Every dimension that may be asked for, once, in the order of the document."""
@@ -148,6 +154,16 @@ class _Filler:
     def __init__(self, lines: Lines, ask: Ask) -> None:
         self._lines, self._ask = lines, ask
         self.base: str | None = None
+        self.picked: dict[str, str] = {}
+
+    def recipe(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """All of it, filled in."""
+        data = dict(document)
+        variants = data.pop("variants", None)
+        found = cast(dict[str, Any], self.value(data, ()))
+        if variants is not None:
+            found = _joined(found, self.variant(variants))
+        return ({"base_model": self.base} if self.base else {}) | found
 
     def value(self, value: Any, at: Place) -> Any:
         if isinstance(value, list):
@@ -235,7 +251,9 @@ class _Filler:
         found: list[dict[str, Any]] = []
         for i in range(pick):
             taken = [entry["model"] for entry in found]
-            entry: dict[str, Any] = {"model": self._another(pool, taken, f"{_name(at)}.{i}")}
+            place = f"{_name(at)}.{i}"
+            entry: dict[str, Any] = {"model": self._another(pool, taken, place)}
+            self.picked[f"{place}.{PICKED}"] = entry["model"]
             if "parameters" in spec:
                 entry["parameters"] = self.value(spec["parameters"], (*at, i, "parameters"))
             found.append(entry)
@@ -245,11 +263,11 @@ class _Filler:
 
     def _another(self, pool: Sequence[str], taken: Sequence[str], name: str) -> str:
         """A model of the pool; where that is taken already, one of the others, each as likely."""
-        asked = pool[int(self._ask(Choice(f"{name}.model", tuple(pool))))]
+        asked = pool[int(self._ask(Choice(f"{name}.{PICKED}", tuple(pool))))]
         left = tuple(model for model in pool if model not in taken)
         if asked in left or len(left) == 1:
             return asked if asked in left else left[0]
-        return left[int(self._ask(Choice(f"{name}.other", left)))]
+        return left[int(self._ask(Choice(f"{name}.{LEFT}", left)))]
 
     def _path(self, value: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
         self._check_keys(value, at, ("path",))

@@ -1,6 +1,5 @@
 """A search: ask -> score -> tell, remembered in a ledger, and the comparison at its end."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,13 @@ from merge.ancestry import ancestry_notes
 from merge.errors import MergetoolError, RequestError, RunError
 from merge.pipeline import budget_of
 from merge.search.asking import Asker
-from merge.search.front import front_of, objectives_of, values_of
+from merge.search.front import MEAN, front_of
 from merge.search.ledger import DONE, ENDED, FAILED, PRUNED, Candidate, Ledger
-from merge.search.outcome import Outcome, arrays_of
+from merge.search.outcome import Outcome, arrays_of, shares_in
 from merge.search.pruning import bar_for
 from merge.search.scoring import Scorer
 from merge.search.sections import StudySection
-from merge.search.signs import PAUSE, beating, is_gone, own_name
+from merge.search.signs import PAUSE, SOON, beating, is_gone, own_name
 from merge.search.space import Space, ends
 from merge.search.starts import is_searched, start_recipes
 from merge.search.tried import baselines, digest_of
@@ -88,36 +87,37 @@ class Study:
 
     def work(self, worker: str, tell: Told = lambda candidate, study: None) -> None:
         """Tries candidates, as others may beside it, until there is none left to try."""
-        asker = Asker(self.space, self.section)
-        begun_with = self.ledger.facts().get("begun_with", "")
-        asker.repeat(self.ledger.all(), begun_with, to_the_end=False)
         with beating(self.ledger, worker):
-            for candidate in self._candidates(asker, begun_with, worker):
+            for candidate in self._candidates(worker):
                 tried = self._tried(candidate, worker)
                 if tried.state in ENDED:  # else it is another's by now
                     tell(tried, self)
 
-    def _candidates(self, asker: Asker, begun_with: str, worker: str) -> Iterator[Candidate]:
+    def _candidates(self, worker: str) -> Iterator[Candidate]:
         """What nobody else is at, or the next one asked for; waits for others, who may be lost."""
-        used_up = False
+        asker = self._asker()
         while True:
             if found := self.ledger.take(worker):
                 yield found
                 continue
             every = self.ledger.all()
-            if not used_up and not self._is_over(every):
-                asked = self._asked(asker, begun_with, worker)
-                used_up = asked is None
-                yield from filter(None, [asked])
-            elif all(candidate.state in ENDED for candidate in every):
-                return
-            else:
+            if asker.used_up or self._is_over(every):
+                if all(candidate.state in ENDED for candidate in every):
+                    return
                 time.sleep(PAUSE)
+            elif not self.ledger.begin_asking(len(every), worker):
+                time.sleep(SOON)
+            elif asked := self._asked(asker, len(every), worker):
+                yield asked
+            elif not asker.used_up:  # the turn is another's by now: this one has asked in vain
+                asker = self._asker()
 
-    def left(self) -> int:
-        """Candidates that are still to be tried."""
+    def minutes_left(self, pace: float) -> float:
+        """Until the study is over, where so many candidates end in a minute."""
         tried = sum(is_searched(c.origin) and c.state in ENDED for c in self.ledger.all())
-        return max(0, self.section.trials - tried)
+        left = max(0, self.section.trials - tried) / pace
+        until = self.setup.until
+        return left if until is None else min(left, max(0.0, until - time.time()) / 60)
 
     def _enter_baselines(self) -> None:
         """Those that are not there yet: a run may have been cut off between two."""
@@ -129,23 +129,31 @@ class Study:
                     ledger.add(Candidate(len(known), digest, origin, recipe, {}))
                     known.add(digest)
 
-    def _asked(self, asker: Asker, begun_with: str, worker: str) -> Candidate | None:
-        """The next candidate, entered as this worker's; None where there is none. One worker asks at a time,
-        and knows what all others were told."""
-        with self.ledger.alone() as ledger:
-            every = ledger.all()
-            if self._is_over(every):
+    def _asker(self) -> Asker:
+        """One that was asked and told what others were so far."""
+        asker = Asker(self.space, self.section, self.ledger.facts().get("begun_with", ""))
+        asker.repeat(self.ledger.all(), to_the_end=False)
+        return asker
+
+    def _asked(self, asker: Asker, number: int, worker: str) -> Candidate | None:
+        """The next candidate, entered as this worker's, in its turn; None where there is none, or where it
+        has lost its turn.
+
+        One worker asks at a time, told what all others were, so that any of them can repeat it. Optimisers
+        may take long: no change of the database is open meanwhile, and others go on with what they are at.
+        """
+        try:
+            asker.repeat(self.ledger.all())
+            if (found := asker.ask(number)) is None:
+                self.ledger.end_asking(number, worker)
                 return None
-            asker.repeat(every, begun_with)
-            found = asker.ask(len(every))
-            if found is None:
-                return None
-            recipe, asked = found
-            candidate = Candidate(
-                len(every), digest_of(recipe), "search", recipe, asked, after=asker.told
-            )
-            ledger.add(candidate, worker)
-        return candidate
+        except BaseException:
+            self.ledger.release(worker)
+            raise
+        recipe, asked = found
+        digest = digest_of(recipe)
+        candidate = Candidate(number, digest, "search", recipe, asked, after=asker.told)
+        return candidate if self.ledger.end_asking(number, worker, candidate) else None
 
     def _is_over(self, every: Sequence[Candidate]) -> bool:
         """Trials and documents count over all runs of the study, minutes for this one."""
@@ -186,7 +194,7 @@ class Study:
         again = self._looked_at([*found, *rivals], "val")
 
         def best(of: list[Candidate]) -> Candidate:
-            return max(of, key=lambda c: (_mean(self.section, again[c.number]), -c.number))
+            return max(of, key=lambda c: (again[c.number][MEAN], -c.number))
 
         winner = best(found)
         parents = [c for c in rivals if c.origin.startswith("parent")]
@@ -196,33 +204,23 @@ class Study:
         verdict = None
         if parents:
             rival = best(parents)
-            ours, theirs = (self._compared_on(test[c.number]) for c in (winner, rival))
-            name = rival.origin.removeprefix("parent ")
-            verdict = compared(f"candidate {winner.number}", name, ours, theirs)
+            ours, theirs = (arrays_of(test[c.number]) for c in (winner, rival))
+            name, shares = rival.origin.removeprefix("parent "), shares_in(test[winner.number])
+            verdict = compared(f"candidate {winner.number}", name, ours, theirs, shares)
         failed = {c.number: c.reason for c in every if c.state == FAILED}
         kin = {c.number: tuple(ancestry_notes(self.scorer.plan(c.recipe))) for c in found}
         saved = {c.number: self.scorer.saved(c.scores or {}) for c in every if c.state == PRUNED}
-        rest = (again, test, verdict, failed, winners, self.section, kin, saved)
+        rest = (again, test, verdict, failed, winners, self.section, kin, saved, self.file.parent)
         return Outcome(winner, tuple(found), tuple(rivals), *rest)
 
     def _found(self, done: list[Candidate]) -> list[Candidate]:
-        """The best of the search on dev, the best mean of objectives first; of several objectives, all that
+        """The best of the search on dev, the best mean first; of several objectives, all that
         nothing beats in all of them, a parent neither."""
-        searched = sorted(
-            (c for c in done if is_searched(c.origin)), key=lambda c: _rank(c, self.section)
-        )
+        searched = sorted((c for c in done if is_searched(c.origin)), key=_rank)
         if len(self.section.objectives) < 2:
             return searched[: self.section.top]
         front = {c.number for c in front_of(done, self.section)}
         return [c for c in searched if c.number in front] or searched[:1]
-
-    def _compared_on(self, scores: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by task, of those that the objectives name where `scores` has them all, else of all."""
-        values = arrays_of(scores)
-        named = [task for tasks in objectives_of(self.section).values() for task in tasks]
-        if not named or any(task not in values for task in named):
-            return values
-        return {task: values[task] for task in dict.fromkeys(named)}
 
     def _looked_at(self, candidates: Sequence[Candidate], split: str) -> dict[int, dict[str, Any]]:
         """What came of candidates on a split, by number: each is scored there once, whoever comes first."""
@@ -248,15 +246,9 @@ class Study:
         self.ledger.end_look(candidate.number, split, worker, scores)
 
 
-def _rank(candidate: Candidate, section: StudySection) -> tuple[float, int]:
-    value = -_mean(section, candidate.scores) if candidate.scores else float("inf")
+def _rank(candidate: Candidate) -> tuple[float, int]:
+    value = -candidate.scores[MEAN] if candidate.scores else float("inf")
     return (value, candidate.number)
-
-
-def _mean(section: StudySection, scores: Mapping[str, Any]) -> float:
-    """Of the objectives."""
-    values = values_of(section, scores)
-    return math.fsum(values) / len(values)
 
 
 def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) -> None:

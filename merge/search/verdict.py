@@ -1,7 +1,7 @@
 """Whether the winner is better than the best parent: one paired test, on documents that chose nothing."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`difference`: of the means over tasks, with its 95 % interval. `p`: two-sided, of no difference."""
+    """`difference`: of the means, with its 95 % interval. `p`: two-sided, of no difference."""
 
     winner: str
     rival: str
@@ -44,29 +44,45 @@ class Verdict:
 
 
 def compared(
-    winner: str, rival: str, ours: Mapping[str, Values], theirs: Mapping[str, Values]
+    winner: str,
+    rival: str,
+    ours: Mapping[str, Values],
+    theirs: Mapping[str, Values],
+    shares: Mapping[str, float],
 ) -> Verdict:
     """The verdict on values per document by task, [documents] each, in the same order for both.
 
-    McNemar's exact test where every value is 0 or 1 and all tasks have as many documents; else a paired
-    bootstrap of the mean over tasks, documents drawn within each task.
+    shares: what each task counts in the mean, of any sum; one without is left out. McNemar's exact test where
+    every value is 0 or 1 and all documents count alike; else a paired bootstrap of the mean, documents drawn
+    within each task.
     """
-    tasks = list(ours)
-    differences = [ours[task] - theirs[task] for task in tasks]
-    drawn = _bootstrap(differences)
+    differences = {task: ours[task] - theirs[task] for task in shares}
+    drawn = _bootstrap(differences, shares)
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2])
-    mean = math.fsum(float(d.mean()) for d in differences) / len(tasks)
-    count = sum(map(len, differences))
-    binary = all(np.isin(v, (0.0, 1.0)).all() for side in (ours, theirs) for v in side.values())
-    if binary and len({len(d) for d in differences}) == 1:
-        every = np.concatenate(differences)
+    mean = mean_of(differences, shares)
+    count = sum(map(len, differences.values()))
+    binary = all(np.isin(v[task], (0.0, 1.0)).all() for v in (ours, theirs) for task in shares)
+    if binary and _count_alike(differences, shares):
+        every = np.concatenate(list(differences.values()))
         p, test = _mcnemar(int((every > 0).sum()), int((every < 0).sum())), "McNemar's exact test"
     else:
         beyond = min((drawn <= 0).mean(), (drawn >= 0).mean())
         p, test = min(1.0, 2 * max(float(beyond), 1 / RESAMPLES)), "a paired bootstrap"
-    if not any(map(np.any, differences)):
+    if not any(map(np.any, differences.values())):
         p = 1.0
     return Verdict(winner, rival, mean, float(low), float(high), p, test, count)
+
+
+def mean_of(values: Mapping[str, Values], shares: Mapping[str, float]) -> float:
+    """The mean of the tasks' means by their shares."""
+    parts = (share * float(values[task].mean()) for task, share in shares.items())
+    return math.fsum(parts) / math.fsum(shares.values())
+
+
+def _count_alike(values: Mapping[str, Values], shares: Mapping[str, float]) -> bool:
+    """Whether one document counts as much in the mean as any other."""
+    each = [share / len(values[task]) for task, share in shares.items()]
+    return math.isclose(min(each), max(each))
 
 
 def _mcnemar(better: int, worse: int) -> float:
@@ -76,19 +92,25 @@ def _mcnemar(better: int, worse: int) -> float:
     return min(1.0, float(2 * tail / 2**count))
 
 
-def _bootstrap(differences: Sequence[Values]) -> Values:
-    """Means over tasks of documents drawn again, [RESAMPLES]; the same for the same documents."""
+def _bootstrap(differences: Mapping[str, Values], shares: Mapping[str, float]) -> Values:
+    """Means of documents drawn again, [RESAMPLES]; the same for the same documents."""
     generator = np.random.Generator(np.random.Philox(key=random_key(0, "bootstrap", 0)))
     total = np.zeros(RESAMPLES)
-    for values in differences:
+    for task, values in differences.items():
         # few different ones: draw how often each comes
         found, counts = np.unique(values, return_counts=True)
-        shares = counts / counts.sum()
-        total += generator.multinomial(len(values), shares, RESAMPLES) @ found / len(values)
-    return total / len(differences)
+        odds = counts / counts.sum()
+        means = generator.multinomial(len(values), odds, RESAMPLES) @ found / len(values)
+        total += shares[task] * means
+    return total / math.fsum(shares.values())
 
 
-def error_of(values: Mapping[str, Values]) -> float:
-    """Standard error of the mean over tasks."""
-    parts = [float(v.var(ddof=1)) / len(v) if len(v) > 1 else math.nan for v in values.values()]
-    return math.sqrt(math.fsum(parts)) / len(parts)
+def error_of(values: Mapping[str, Values], shares: Mapping[str, float]) -> float:
+    """Standard error of the mean."""
+    parts = [share**2 * _error(values[task]) for task, share in shares.items()]
+    return math.sqrt(math.fsum(parts)) / math.fsum(shares.values())
+
+
+def _error(values: Values) -> float:
+    """Squared standard error of the mean of one task."""
+    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else math.nan

@@ -1,6 +1,7 @@
 """Opens a model as a recipe names it: a local folder, a hub id with an optional revision, or zoo:NAME;
 then, each after a plus, LoRA adapters named in the same ways."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -65,6 +66,27 @@ def is_adapter(label: str, beside: Sequence[Path] = ()) -> bool:
     except SourceError:
         return False
     return holds_adapter(folder)
+
+
+def named_from(places: Sequence[Path], label: str, beside: Sequence[Path] = ()) -> str:
+    """`label` as it means the same where relative paths start from any of `places`: a folder that none of
+    them leads to is written from the first. Raises SourceError where it means two folders.
+
+    beside: as of open_model.
+    """
+    return "+".join(_named_from(places, part, beside) for part in _parts(label, beside))
+
+
+def _named_from(places: Sequence[Path], part: str, beside: Sequence[Path]) -> str:
+    path = _at_home(part)
+    if part.startswith(ZOO) or path.is_absolute():
+        return part
+    if not any(_is_folder(start / path) for start in (Path(), *beside)):
+        return part  # of the hub, or nowhere
+    found, _ = locate(part, beside)
+    if any((start / path).resolve() == found for start in places):
+        return part
+    return os.path.relpath(found, places[0].resolve())
 
 
 def _parts(label: str, beside: Sequence[Path]) -> list[str]:

@@ -125,9 +125,9 @@ def test_several_who_ask_in_turn_leave_what_one_can_repeat(sampler: str) -> None
 def test_other_questions_than_then_are_an_error() -> None:
     space = space_of(NUMBERS)
     whole = asked(space, StudySection(sampler="random", seed=3), 3)
-    other = Asker(space, StudySection(sampler="random", seed=4))
+    other = Asker(space, StudySection(sampler="random", seed=4), "optuna 1")
     with pytest.raises(RunError, match=r"candidate 0 would be another one .*: optuna 1"):
-        other.repeat(whole, "optuna 1")
+        other.repeat(whole)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

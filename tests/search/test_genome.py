@@ -115,9 +115,22 @@ def test_a_file_of_mergekit_evolve_is_searched(tmp_path: Path, suite: Path) -> N
         )
         (value,) = values_of(study.section, candidate.scores)
         assert value == pytest.approx((one + 0.5 * half) / 1.5)
+        assert candidate.scores["mean"] == pytest.approx(value)
     best = max(candidates[3:], key=lambda c: values_of(study.section, c.scores or {}))
     assert outcome.top[0].scores == best.scores
     assert set(outcome.test[outcome.winner.number]["tasks"]) == set(outcome.winner.scores["tasks"])  # type: ignore[index]
+
+    def weighted(number: int) -> float:
+        (value,) = values_of(study.section, {"tasks": outcome.test[number]["tasks"]})
+        return value
+
+    verdict = outcome.verdict
+    assert verdict is not None
+    (rival,) = [c.number for c in outcome.rivals if c.origin == f"parent {verdict.rival}"]
+    (average,) = [c.number for c in outcome.rivals if c.origin == "average"]
+    winner = weighted(outcome.winner.number)
+    assert verdict.difference == pytest.approx(winner - weighted(rival))
+    assert outcome.average_is_as_good == (weighted(average) >= winner)
 
 
 def test_less_is_better_where_a_weight_is_below_0(tmp_path: Path) -> None:
@@ -149,6 +162,8 @@ GENOME = {"models": ["a", "b"], "merge_method": "linear"}
         ({"genome": GENOME, "tasks": [{"name": "a", "weight": 0}]}, "other than 0"),
         ({"genome": GENOME, "models": []} | TASKS, "unknown key 'models' beside a genome"),
         ({"genome": GENOME, "num_fewshot": 5} | TASKS, "num_fewshot is not taken over"),
+        ({"genome": GENOME, "tasks": [{"name": "a"}, {"name": "b"}, {"name": "a"}]}, "a is there twice"),
+        ({"genome": GENOME, "study": ["trials"]} | TASKS, "study must be a table of keys"),
         ({"genome": GENOME, "num_fewshot": None, "shuffle": True} | TASKS, ""),
     ],
 )  # fmt: skip

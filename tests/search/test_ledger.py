@@ -1,9 +1,11 @@
 """What a search remembers, and who may take what."""
 
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from forks import die_at, is_killed
 
 from merge.errors import RequestError
 from merge.search.ledger import DONE, FAILED, LOST, RUNNING, WAITING, Candidate, Ledger, told
@@ -91,6 +93,36 @@ def test_a_candidate_that_kills_its_workers_fails(tmp_path: Path) -> None:
     assert (first.ended, second.state) == (0, WAITING)
 
 
+@pytest.mark.parametrize("died", [LOST - 2, LOST - 1])
+def test_who_lets_go_of_a_candidate_and_is_killed_leaves_nothing_half_done(
+    tmp_path: Path, died: int
+) -> None:
+    """Cut off at any moment, it is its worker's still, or has failed where it has cost too many."""
+    seen = set()
+    for moment in range(1, 40):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        ledger = ledger_in(folder)
+        entered(ledger, 1)
+        for number in range(died):
+            ledger.take(f"worker {number}")
+            ledger.release(f"worker {number}", died=True)
+        ledger.take("last")
+
+        def doomed(moment: int = moment, folder: Path = folder) -> None:
+            own = ledger_in(folder)
+            die_at(moment)
+            own.release("last", died=True)
+
+        killed = is_killed(doomed)
+        (candidate,) = ledger.all()
+        seen.add(candidate.state)
+        if not killed:
+            break
+    assert not killed
+    assert seen == {RUNNING, FAILED if died == LOST - 1 else WAITING}
+
+
 def test_what_is_cut_off_is_no_fault_of_the_candidate(tmp_path: Path) -> None:
     ledger = ledger_in(tmp_path)
     entered(ledger, 1)
@@ -123,13 +155,65 @@ def test_one_is_alone_at_a_time(tmp_path: Path) -> None:
         with ledger_in(tmp_path).alone() as ledger:
             inside.append(1)
             number = len(ledger.all())
-            ledger.add(Candidate(number, f"digest {number}", "search", {}, {}), "worker")
+            ledger.add(Candidate(number, f"digest {number}", "search", {}, {}))
             assert inside == [1]
             inside.pop()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(enter, range(24)))
     assert [c.number for c in ledger_in(tmp_path).all()] == list(range(24))
+
+
+def test_one_asks_for_a_candidate_at_a_time_and_the_database_is_free_meanwhile(
+    tmp_path: Path,
+) -> None:
+    ledger = ledger_in(tmp_path)
+    entered(ledger, 1)
+    assert not ledger.begin_asking(0, "a"), "it is there"
+    assert ledger.begin_asking(1, "a")
+    assert not ledger.begin_asking(1, "b")
+    assert ledger.workers() == {"a"}
+    taken = ledger.take("b")
+    assert taken is not None
+    assert ledger.end(0, "b", DONE, scores={"mean": 1.0})
+    found = Candidate(1, "digest 1", "search", {"n": 1}, {})
+    assert not ledger.end_asking(1, "b", found), "it is not b's turn"
+    assert ledger.end_asking(1, "a", found)
+    assert not ledger.begin_asking(1, "b")
+    assert ledger.begin_asking(2, "b")
+    assert ledger.end_asking(2, "b"), "who found nothing"
+    assert ledger.begin_asking(2, "c")
+    assert [(c.worker, c.state) for c in ledger.all()] == [("b", DONE), ("a", RUNNING)]
+
+
+def test_who_asks_and_is_silent_loses_the_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = ledger_in(tmp_path)
+    assert ledger.begin_asking(0, "slow")
+    monkeypatch.setattr("merge.search.ledger.STALE", -1.0)
+    assert ledger.begin_asking(0, "other")
+    assert not ledger.end_asking(0, "slow", Candidate(0, "slow", "search", {}, {}))
+    assert ledger.end_asking(0, "other", Candidate(0, "other", "search", {}, {}))
+    assert [c.digest for c in ledger.all()] == ["other"]
+    assert ledger.begin_asking(1, "gone")
+    ledger.release("gone", died=True)
+    assert ledger.workers() == {"other"}
+
+
+def test_what_is_only_read_is_left_as_it_is(tmp_path: Path) -> None:
+    absent = tmp_path / "typo.db"
+    for ask in (Ledger.names, lambda url: Ledger.existing(url, "study")):
+        with pytest.raises(RequestError, match=r"typo\.db: no such file"):
+            ask(f"sqlite:///{absent}")
+    assert not absent.exists()
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE mine (a)")
+    before = other.read_bytes()
+    with pytest.raises(RequestError, match="no such table"):
+        Ledger.names(f"sqlite:///{other}")
+    assert other.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,18 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tiny_search import SPECIALISTS, written
 from tiny_suite import tiny_suite
+
+from merge.search.opening import open_study
 
 Command = Callable[..., Any]
 
@@ -31,6 +36,19 @@ def on_a_terminal(*arguments: str) -> str:
     assert process.wait() == 0, told
     os.close(ours)
     return told.decode()
+
+
+def test_the_time_left_ends_with_the_minutes_of_the_study(tmp_path: Path) -> None:
+    weights = [{"model": m, "parameters": {"weight": {"search": [0.1, 1.0]}}} for m in SPECIALISTS]
+    recipe = {"merge_method": "linear", "models": weights}
+    file = written(tmp_path, tiny_suite(tmp_path / "suite"), trials=100, **recipe)
+    with open_study(file, tmp_path / "study") as study:
+        assert study.minutes_left(pace=4) == 25
+        study.setup = replace(study.setup, until=time.time() + 60)
+        assert 0 < study.minutes_left(pace=4) <= 1
+        assert study.minutes_left(pace=1000) == 0.1
+        study.setup = replace(study.setup, until=time.time() - 60)
+        assert study.minutes_left(pace=4) == 0
 
 
 def small_search(folder: Path) -> Path:

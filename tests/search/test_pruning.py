@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import wilcoxon
 from tiny_search import searched
 from tiny_suite import tiny_suite
 
@@ -44,12 +45,15 @@ def test_the_chance_is_that_of_all_signs_counted(differences: list[int]) -> None
     assert chance_of_less(np.array(differences, np.float64)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("better", [5, 15, 25])
-def test_many_documents_are_judged_as_few_are(better: int) -> None:
-    """Where counting gives way to the normal law nothing jumps."""
-    exact = chance_of_less(np.array([1.0] * better + [-1.0] * (EXACT - better)))
-    normal = chance_of_less(np.array([1.0] * better + [-1.0] * (EXACT - better) + [1e-9]))
-    assert normal == pytest.approx(exact, abs=0.07)
+@pytest.mark.parametrize("better", [5, 15, 25, 30])
+@pytest.mark.parametrize("more", [1, 30])
+def test_many_documents_are_judged_by_the_normal_law(better: int, more: int) -> None:
+    """As scipy does, with as many of another size; where counting gives way nothing jumps."""
+    few = np.array([1.0] * better + [-1.0] * (EXACT - better))
+    many = np.concatenate([few, [0.5] * (more // 2), [-0.5] * (more - more // 2)])
+    how = {"alternative": "less", "method": "asymptotic", "correction": False}
+    assert chance_of_less(many) == pytest.approx(wilcoxon(many, **how).pvalue)
+    assert wilcoxon(few, **how).pvalue == pytest.approx(chance_of_less(few), rel=0.5, abs=1e-8)
 
 
 def test_equal_or_better_ones_are_never_given_up() -> None:

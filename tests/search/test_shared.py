@@ -1,10 +1,7 @@
 """Runs that share a study through a database, a file or a real server: each tries what no other does."""
 
 import json
-import os
 import random
-import signal
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,26 +10,21 @@ from typing import Any
 
 import postgres_server
 import pytest
-import torch
+from forks import die, die_at, ended, forked, is_killed
 from ran import Ran
-from test_kills import announce
 from tiny_search import check_whole, facts, searched, written
 from tiny_suite import tiny_suite
 
+from merge.errors import OutputError, RequestError
 from merge.search.ledger import Candidate, Ledger
+from merge.search.live import LiveModel
 from merge.search.opening import open_study
 from merge.search.study import Study
 
 TRIALS, RUNS, KILLS, SEED = 8, 4, 20, 7
 SILENT = 2.0  # seconds after which a killed run counts as gone here
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a process that is forked from one with others waits for them
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -73,24 +65,6 @@ def run(file: Path, folder: Path, url: str) -> None:
         study.run().save(folder)
 
 
-def forked(work: Callable[[], None]) -> int:
-    """The process that does it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return child
-
-
-def ended(process: int) -> int:
-    """How it ended: 0, or the signal that killed it, negative."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
 @contextmanager
 def looking(file: Path, folder: Path, url: str) -> Iterator[Ledger]:
     with open_study(file, folder, url=url) as study:
@@ -107,15 +81,13 @@ def test_four_runs_one_killed_share_a_study(tmp_path: Path, suite: Path, url: st
     ]
 
     def half(candidate: Candidate, study: Study) -> None:
-        from merge.search.live import LiveModel
-
-        LiveModel.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        LiveModel.write = die  # type: ignore[method-assign]
 
     def doomed() -> None:
         with open_study(file, folders[0], url=url) as study:
             study.run(half)
 
-    assert ended(forked(doomed)) == -signal.SIGKILL
+    assert is_killed(doomed)
     assert [ended(process) for process in runs] == [0, 0, 0]
     with looking(file, tmp_path / "look", url) as ledger:
         candidates = ledger.all()
@@ -135,10 +107,10 @@ def test_twenty_kills_on_a_server_change_nothing(tmp_path: Path, suite: Path, se
         moment = drawn.randrange(1, 250)
 
         def doomed(moment: int = moment) -> None:
-            announce(moment)
+            die_at(moment)
             run(file, tmp_path / "study", server)
 
-        assert ended(forked(doomed)) == -signal.SIGKILL, number
+        assert is_killed(doomed), number
     with open_study(file, tmp_path / "study", url=server) as study:
         end = study.run()
         found = study.ledger.all()
@@ -156,6 +128,20 @@ def test_who_has_another_search_does_not_join(tmp_path: Path, suite: Path, url: 
     ):
         assert first.ledger.study == third.ledger.study != second.ledger.study
         assert first.ledger.study.startswith("search-")
+        for file in (one, other):
+            with (
+                pytest.raises(OutputError, match="another run searches there"),
+                open_study(file, tmp_path / "a", url=url),
+            ):
+                pass
+
+
+def test_a_database_out_of_reach_leaves_no_folder(tmp_path: Path, suite: Path) -> None:
+    url = f"sqlite:///{tmp_path}/absent/shared.db"
+    file = written(tmp_path, suite, TRIALS, **_linear(0.9))
+    with pytest.raises(RequestError), open_study(file, tmp_path / "a", url=url):
+        pass
+    assert not (tmp_path / "a").exists()
 
 
 def _linear(high: float) -> dict[str, Any]:

@@ -94,6 +94,7 @@ def test_models_of_a_pool_are_different_ones(data: st.DataObject) -> None:
     found = [entry["model"] for entry in space.filled(answer)["models"]]
     assert len(set(found)) == 3
     assert found[0] == "abcd"[asked["models.0.model"]]
+    assert list(space.models_picked(asked).values()) == found
     assert asked.keys() <= {dimension.name for dimension in space.dimensions()}
 
 

@@ -9,7 +9,12 @@ from tiny_search import searched
 from tiny_suite import tiny_suite
 
 from merge.errors import RequestError
+from merge.lines import load_documents
+from merge.search.asking import Asker
 from merge.search.opening import open_study
+from merge.search.sections import StudySection
+from merge.search.space import Space
+from merge.search.starts import with_values
 
 TIES = {
     "base_model": "zoo:base",
@@ -55,6 +60,37 @@ def test_recipes_come_first_then_values_then_what_is_drawn(tmp_path: Path, suite
     assert again == SLERP
     longer, _ = searched(written(tmp_path, suite, [values, TIES, "known.yaml"], 6))
     assert [c.recipe for c in longer[:7]] == [c.recipe for c in candidates]
+
+
+SPACE = """
+merge_method: {choice: [linear, ties]}
+models: {pool: [a, b, c], pick: 2, parameters: {weight: {search: [0.1, 2.0], log: true}}}
+parameters: {lambda: {search: [0.5, 1.5], points: 2}, normalize: {choice: [true, false]}}
+"""
+
+
+def test_a_recipe_that_the_space_may_give_is_placed_in_it() -> None:
+    """So the optimiser learns from it; whatever it cannot give stays a recipe."""
+    ((data, lines),) = load_documents(SPACE, "space.yaml")
+    space = Space(data, lines)
+    asker = Asker(space, StudySection(sampler="tpe", seed=3))
+    for number in range(12):
+        answer = asker.ask(number)
+        assert answer is not None
+        recipe, asked = answer
+        others = [recipe | {"dtype": "float32"}, recipe | {"models": recipe["models"][:1]}]
+        others.append(recipe | {"parameters": recipe["parameters"] | {"lambda": [0.5, 1.6]}})
+        others.append(recipe | {"merge_method": "slerp"})
+        whole = recipe["parameters"] | {"lambda": [1, 1]}  # whole numbers as people write them
+        ones = with_values(StudySection(start=[recipe | {"parameters": whole}]), space).start[0]
+        assert (ones["parameters.lambda.0"], ones["parameters.lambda.1"]) == (1.0, 1.0)  # type: ignore[index]
+        start = [recipe | {"output": "out"}, *others, {"models.0.model": 1}]
+        found = with_values(StudySection(start=start), space).start
+        assert found[1:] == start[1:]
+        # rounded as in a recipe, and a model that was taken is another way to say which
+        assert isinstance(found[0], dict)
+        assert found[0].keys() <= asked.keys()
+        assert space.filled(lambda d, values=found[0]: values[d.name]) == recipe  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 import os
 import re
 import shutil
-import signal
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forks import die, is_killed
 from safetensors.torch import load_file, save_file
 from tiny_search import BASELINES, SPECIALISTS, facts, searched, written
 from tiny_suite import tiny_suite
@@ -24,16 +23,20 @@ from merge.errors import NonFiniteError, OutputError, RequestError, RunError
 from merge.pipeline import plan_parsed, run_recipe
 from merge.recipe import parse_recipe
 from merge.score import lm_of
-from merge.search.ledger import DONE, FAILED, Candidate
+from merge.search.asking import Asker
+from merge.search.ledger import DONE, FAILED, Candidate, Ledger
 from merge.search.live import LiveModel, Shells
 from merge.search.opening import open_study
 from merge.search.outcome import Outcome
 from merge.search.panel import Panel
 from merge.search.study import Study
+from merge.search.tried import digest_of
 from merge.shipped import shipped
 
 ZOO = shipped("evals/zoo")
 CONFLICT = ["quickstart_search_reverse", "quickstart_search_sort"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -41,35 +44,23 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_suite(tmp_path_factory.mktemp("suites") / "tiny")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a process that is forked from one with others waits for them
-    yield
-    torch.set_num_threads(before)
-
-
 # -- going on ----------------------------------------------------------------------------------------
 
 
 def killed(file: Path, folder: Path, after: int, between: bool) -> None:
     """Runs a search in a process that is killed after so many candidates, or while the next is tried."""
-    child = os.fork()
-    if child == 0:
-        try:
-            if after == 0:
-                _die_while_trying(0)
-            searched(file, folder, lambda c, s: _die(c.number + 1, after, between))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    def doomed() -> None:
+        if after == 0:
+            _die_while_trying(0)
+        searched(file, folder, lambda c, s: _die(c.number + 1, after, between))
+
+    assert is_killed(doomed)
 
 
 def _die(ended: int, after: int, between: bool) -> None:
     if ended == after and between:
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
     elif ended == after:
         _die_while_trying(after)
 
@@ -81,7 +72,7 @@ def _die_while_trying(number: int) -> None:
 
     def half(self: LiveModel, *rows: Any) -> None:
         if next(count) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         whole(self, *rows)
 
     LiveModel.write = half  # type: ignore[method-assign]
@@ -215,6 +206,34 @@ def test_nothing_is_written_for_a_candidate_beside_the_database(
     searched(written(tmp_path, suite, trials=2), tmp_path / "study", look)
     seen -= {"search.yaml", "study", "temporary"}
     assert seen <= {f"study/study.{end}" for end in ("lock", "db", "db-wal", "db-shm")}
+
+
+def test_who_loses_its_turn_to_ask_goes_on_with_what_another_asked_for(
+    tmp_path: Path,
+    suite: Path,
+    whole: tuple[list[Candidate], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As who was stopped for longer than others wait."""
+    ask, robbed = Asker.ask, list[int]()
+
+    def slow(asker: Asker, number: int) -> Any:
+        found = ask(asker, number)
+        if found and number == BASELINES + 1 and not robbed:
+            robbed.append(number)
+            ledger = Ledger.existing(f"sqlite:///{tmp_path}/study/study.db", "study")
+            with monkeypatch.context() as patch:
+                patch.setattr("merge.search.ledger.STALE", -1.0)
+                assert ledger.begin_asking(number, "other")
+            other = Candidate(number, digest_of(found[0]), "search", *found, after=asker.told)
+            assert ledger.end_asking(number, "other", other)
+            ledger.release("other")
+        return found
+
+    monkeypatch.setattr(Asker, "ask", slow)
+    candidates, _ = searched(written(tmp_path, suite), tmp_path / "study")
+    assert robbed
+    assert facts(candidates) == facts(whole[0])
 
 
 # -- what a candidate is -----------------------------------------------------------------------------
@@ -386,9 +405,10 @@ def test_of_several_objectives_the_outcome_is_what_nothing_beats(
             all(a >= b for a, b in zip(other, own, strict=True)) and other != own for other in every
         )
     }
-    assert {c.number for c in outcome.top} == front or not front
+    assert {c.number for c in outcome.top} == front
+    assert front
     means = {n: sum(outcome.val[n]["tasks"][t] for t in CONFLICT) for n in front}
-    assert not front or means[outcome.winner.number] == max(means.values())
+    assert means[outcome.winner.number] == max(means.values())
     assert outcome.as_json()["winner"]["dev"]["objectives"].keys() == set(CONFLICT)
     outcome.save(tmp_path / "study")
     files = {file.stem for file in (tmp_path / "study" / "recipes").iterdir()}
@@ -472,6 +492,7 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"study": {"start": [{"weight": 1.0}]}}, "nothing is called 'weight'"),
         ({"study": {"start": [{"parameters.density": 2.0}]}}, "must be from 0.1 to 0.9"),
         ({"parameters": {}, "models": [{"model": "zoo:sorter"}]}, "nothing in it may vary"),
+        ({"study": {"tasks": [{"task": "a"}, {"task": "a", "metric": "f1"}]}}, "a is there twice"),
         ({"study": {"objectives": ["quickstart_search_revers"]}}, "no task .* .did you mean"),
         (
             {"study": {"objectives": CONFLICT, "sampler": "cma-es"}},
