@@ -103,7 +103,7 @@ def _collect_lines(node: yaml.Node, path: Path, lines: dict[Path, int], file: st
             _collect_lines(value, (*path, i), lines, file)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str], cutoff: float = 0.5) -> str:
     """` (did you mean ...?)` where a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""

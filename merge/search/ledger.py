@@ -14,6 +14,7 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection, Engine
 
+from merge.agreement import canonical
 from merge.errors import RequestError, RunError
 from merge.search.database import engine_of, opened, reason_of, storable, without_password
 
@@ -380,16 +381,18 @@ class Ledger:
 
 
 def _enter(connection: Connection, study: str, digest: str, facts: Mapping[str, Any]) -> None:
-    chosen = sql.select(STUDY.c.digest).where(STUDY.c.name == study)
-    known = connection.execute(chosen).scalar()
+    chosen = sql.select(STUDY.c.digest, STUDY.c.facts).where(STUDY.c.name == study)
+    known = connection.execute(chosen).one_or_none()
     if known is None:
         connection.execute(
             STUDY.insert().values(name=study, digest=digest, facts=json.dumps(facts))
         )
-    elif known != digest:
+    elif known.digest != digest:
+        then = json.loads(known.facts)
+        others = [k for k in facts if k in then and canonical(then[k]) != canonical(facts[k])]
+        by = f", by its {', '.join(others)}" if others else ""
         raise RequestError(
-            f"study {study!r}: is another search (other recipe, suite or settings) than this one; choose "
-            "another --output"
+            f"study {study!r} is another search than this one{by}; put that back or choose another --output"
         )
 
 

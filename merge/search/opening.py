@@ -23,7 +23,7 @@ from merge.search.ledger import Ledger
 from merge.search.parents import check_parents, parents_facts
 from merge.search.scoring import Scorer
 from merge.search.sections import OF_SEVERAL, StudySection
-from merge.search.space import Space, varying
+from merge.search.space import WAYS, Space, varying
 from merge.search.starts import check_starts, with_recipes, with_values
 from merge.search.study import Setup, Study, check_plans
 from merge.search.tried import parents_of
@@ -59,6 +59,8 @@ def open_study(
     setup = Setup(
         file, changes or {}, sampler, memory, threads, offline, url or here, url is not None, Path.cwd()
     )  # fmt: skip
+    if (folder / "config.json").exists():
+        raise OutputError(f"{folder}: holds a model; choose another --output")
     prepared = _prepared(setup)
     shared = _entered(setup, *prepared) if url else None  # first: it may be out of reach
     with _alone(folder):
@@ -124,7 +126,8 @@ def read_space(
         raise lines.error(("study",), "study must be a table of keys")
     section = read_section(StudySection, {**(given or {}), **changes}, lines, ("study",))
     if varying(data) is None:
-        what = "nothing in it may vary; put {search: [low, high]} in the place of a value"
+        meant = next(filter(None, (nearest(key, WAYS, 0.8) for key in _keys(data))), "")
+        what = f"nothing in it may vary{meant}; put {{search: [low, high]}} in the place of a value"
         raise lines.error((), what)
     space = Space(data, lines)
     dimensions = {dimension.name: dimension for dimension in space.dimensions()}
@@ -142,6 +145,15 @@ def read_space(
         what = f"sampler is {chosen}, which knows one objective; with several it must be one of"
         raise lines.error(("study", "sampler"), f"{what} {', '.join(OF_SEVERAL)}")
     return space, section.model_copy(update={"sampler": chosen})
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """Those of all tables in a document."""
+    if isinstance(value, dict):
+        yield from (str(key) for key in value)
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, dict | list):
+            yield from _keys(each)
 
 
 def _check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> None:

@@ -15,6 +15,7 @@ A recipe with one of these in the place of values is a space; whoever fills it d
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import isfinite
 from typing import Any, cast
 
 from merge.errors import RecipeError
@@ -209,6 +210,9 @@ class _Filler:
 
     def _number(self, spec: Mapping[str, Any], at: Place) -> Any:
         self._check_keys(spec, at, ("search", "log", "int", "points"))
+        for key in ("log", "int"):
+            if not isinstance(spec.get(key, False), bool):
+                raise self._error((*at, key), f"{key} must be true or false")
         low, high = self._bounds(spec["search"], at, log=bool(spec.get("log")))
         points = spec.get("points")
         if points is None:
@@ -219,7 +223,7 @@ class _Filler:
 
     def _bounds(self, value: Any, at: Place, *, log: bool) -> tuple[float, float]:
         found = value if isinstance(value, list) else []
-        numbers = [n for n in found if isinstance(n, int | float) and not isinstance(n, bool)]
+        numbers = [n for n in found if _is_number(n)]
         if len(found) != 2 or len(numbers) != 2:
             raise self._error(at, "search must be two numbers, [lowest, highest]")
         low, high = numbers
@@ -306,10 +310,12 @@ class _Filler:
 def _are_shares(given: Any, count: int) -> bool:
     """Whether they are as many numbers above 0."""
     numbers = given if isinstance(given, list) else []
-    return len(numbers) == count and all(
-        isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < float("inf")
-        for n in numbers
-    )
+    return len(numbers) == count and all(_is_number(n) and n > 0 for n in numbers)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

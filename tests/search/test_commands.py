@@ -141,6 +141,18 @@ def test_a_candidate_whose_models_share_an_ancestor_is_told(sweep: Path, command
             "merge_method: linear\nmodels:\n- model: 'zoo:base'\n  parameters: {weight: {search: 1}}\n",
             "bad.yaml:4: models.0.parameters.weight: search must be two numbers",
         ),
+        (
+            "merge_method: linear\nmodels:\n- model: 'zoo:base'\n  parameters: {weight: {serach: [0, 1]}}\n",
+            "bad.yaml:1: nothing in it may vary (did you mean 'search'?)",
+        ),
+        (
+            "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: {search: [0, .inf]}}}\n",
+            "bad.yaml:3: models.0.parameters.weight: search must be two numbers",
+        ),
+        (
+            "merge_method: linear\nmodels:\n- {model: A, parameters: {weight: {search: [0, 1], int: 3}}}\n",
+            "bad.yaml:3: models.0.parameters.weight.int: int must be true or false",
+        ),
         ("study: {sampler: best}\nmerge_method: linear\n", "bad.yaml:1: study.sampler is 'best'"),
         ("study: 3\nmerge_method: linear\n", "bad.yaml:1: study must be a table of keys"),
         ("a: 1\n---\nb: 1\n", "bad.yaml: has several documents"),

@@ -186,10 +186,22 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, suite: Pat
             pass
     file.write_text(file.read_text().replace("0.9", "0.8"))
     with (
-        pytest.raises(RequestError, match=r"is another search .* another --output"),
+        pytest.raises(
+            RequestError,
+            match=r"is another search than this one, by its recipe; .* another --output",
+        ),
         open_study(file, tmp_path / "study"),
     ):
         pass
+
+
+def test_the_folder_of_a_model_is_left_alone(tmp_path: Path, suite: Path) -> None:
+    shutil.copytree(shipped("evals/zoo/sorter"), tmp_path / "model")
+    before = sorted((tmp_path / "model").iterdir())
+    file = written(tmp_path, suite, trials=1)
+    with pytest.raises(OutputError, match="holds a model"), open_study(file, tmp_path / "model"):
+        pass
+    assert sorted((tmp_path / "model").iterdir()) == before
 
 
 def test_nothing_is_written_for_a_candidate_beside_the_database(
