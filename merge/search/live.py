@@ -155,11 +155,12 @@ class Shells:
 
 
 def _chosen(dtype: "torch.dtype | str", plan: Plan) -> "torch.dtype | None":
-    """What transformers takes for "auto": that of config.json (None), else that of the first tensor."""
+    """What transformers takes for "auto": that of config.json (None), else that of the first floats."""
     if not isinstance(dtype, str):
         return dtype
     told = plan.recipe.out_dtype or plan.config.get("dtype") or plan.config.get("torch_dtype")
-    return None if told else _torch(plan.steps[0].dtype)
+    floats = (step.dtype for step in plan.steps if step.dtype in TORCH)
+    return None if told else _torch(next(floats, "F32"))
 
 
 def _shape_of(plan: Plan) -> str:

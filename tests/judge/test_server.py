@@ -50,7 +50,7 @@ class _Handler(BaseHTTPRequestHandler):
 def answering() -> Iterator[Answering]:
     server = Answering(("127.0.0.1", 0), _Handler)
     server.answers, server.seen = [], []
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
     server.shutdown()
