@@ -251,7 +251,7 @@ def _models(found: Comparison) -> Html:
     ]
     if pairs:
         head = ["pair", "cosine", "opposite signs, per cent"]
-        parts.append(table(head, pairs, digits=3, label="Pairs"))
+        parts.append(table(head, pairs, digits=[0, 3, 1], label="Pairs"))
     return section(_identity(found, "models"), _titled(found, "Models"), *parts)
 
 

@@ -104,13 +104,13 @@ def _test(search: Search) -> Html:
     verdict = search.outcome.verdict if search.outcome else None
     if not verdict:
         return Html("")
-    head = ["paired test", "against", "difference", "95 % from", "to", "p", "documents"]
+    head = ["paired test", "against", "p", "difference, points", "95 % from", "to", "documents"]
     points = [100 * share for share in (verdict.difference, verdict.low, verdict.high)]
     row: list[Cell] = [
         f"{verdict.winner}: {verdict.test}",
         verdict.rival,
-        *points,
         f"{verdict.p:.2g}",
+        *points,
         verdict.documents,
     ]
     return table(head, [row], label="Paired test")
