@@ -31,6 +31,7 @@ from merge.search.front import shares_of
 from merge.search.sections import ObjectiveSection, StudySection
 from merge.search.verdict import Values, mean_of
 
+NUMBERS = (int, float, np.number, np.bool_)
 BATCH_SIZE = 8  # of tasks that come without a suite
 
 
@@ -130,23 +131,33 @@ class Panel:
 
     def _judged(self, name: str, task: Any) -> Values:
         """The metric of every document, in the order of the split."""
-        metric, _, chosen = self.metrics[name].metric.partition(",")
         task.apply_filters()
         by_document: dict[int, list[Any]] = defaultdict(list)
         for request in task.instances:
             by_document[request.doc_id].append(request)
-        found = []
-        for number in sorted(by_document):
-            requests = sorted(by_document[number], key=lambda request: request.idx)
-            answers = [request.filtered_resps[chosen or "none"] for request in requests]
-            value = task.process_results(requests[0].doc, answers).get(metric)
-            if not isinstance(value, int | float | np.number | np.bool_):
-                raise ScoreError(
-                    f"task {name}: {metric} has no value per document; search on another metric"
-                )
-            found.append(float(value))
+        found = [
+            self._value(name, task, sorted(requests, key=lambda request: request.idx))
+            for _, requests in sorted(by_document.items())
+        ]
         sign = 1.0 if self.metrics[name].higher_is_better else -1.0
         return sign * np.array(found)
+
+    def _value(self, name: str, task: Any, requests: Sequence[Any]) -> float:
+        """The metric of a document whose requests these are; raises ScoreError."""
+        metric, _, chosen = self.metrics[name].metric.partition(",")
+        filters = list(requests[0].filtered_resps)
+        if (chosen or "none") not in filters:
+            there = ", ".join(filters)
+            raise ScoreError(
+                f"task {name}: no filter is called {chosen or 'none'}; there is {there}"
+            )
+        answers = [request.filtered_resps[chosen or "none"] for request in requests]
+        values = task.process_results(requests[0].doc, answers)
+        known = [key for key, value in values.items() if isinstance(value, NUMBERS)]
+        if metric not in known:
+            there = f"there is {', '.join(known)}" if known else "no metric of it has"
+            raise ScoreError(f"task {name}: {metric} has no value per document; {there}")
+        return float(values[metric])
 
 
 def suite_of(section: StudySection) -> Suite:

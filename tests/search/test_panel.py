@@ -1,12 +1,14 @@
 """Documents put to a live model give what lm-eval gives for the folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_suite import tiny_suite
 
+from merge.errors import ScoreError
 from merge.score import Suite, score_models
 from merge.search.panel import panels
 from merge.search.scoring import Scorer
@@ -79,3 +81,22 @@ def test_answers_that_say_nothing_or_do_not_end_are_counted(suite: Path, tmp_pat
     assert good["truncated"] + good["empty"] < 0.1
     assert wild["truncated"] + wild["empty"] + wild["alike"] > 0.5
     assert np.isfinite(wild["mean"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("f1,none", r"task search_sort: f1 has no value per document; there is .*acc"),
+        ("acc,first", "task search_sort: no filter is called first; there is none"),
+    ],
+)
+def test_a_metric_that_a_task_has_not_is_told(
+    suite: Path, tmp_path: Path, metric: str, told: str
+) -> None:
+    shutil.copytree(suite, tmp_path / "other")
+    text = SUITE.replace('metric: "acc,none"', f'metric: "{metric}"')
+    (tmp_path / "other" / "suite.yaml").write_text(text)
+    section = StudySection(suite=str(tmp_path / "other"), limit=2)
+    scorer = Scorer(tmp_path / "r.yaml", section, "512MiB", 1, True)
+    with pytest.raises(ScoreError, match=told):
+        scorer.scored({"model": "zoo:sorter"})
