@@ -40,6 +40,8 @@ class Verdict:
         figures = f"{interval}, p = {self.p:.2g} by {self.test}"
         if self.significant:
             return f"{self.winner} is better than {parent}, by {points} ({figures})"
+        if self.p < LEVEL and self.difference < 0:
+            return f"no improvement: {self.winner} is worse than {parent}, by {points} ({figures})"
         return f"no significant improvement over {parent}: {points} ({figures})"
 
 

@@ -77,6 +77,9 @@ def test_a_clear_difference_is_significant_by_both_tests() -> None:
     better, worse = np.ones(40), np.zeros(40)
     exact = compared("w", "p", {"a": better}, {"a": worse}, {"a": 1.0})
     drawn = compared("w", "p", {"a": better * 0.9}, {"a": worse}, {"a": 1.0})
+    lost = compared("w", "p", {"a": worse}, {"a": better}, {"a": 1.0})
+    assert "no improvement: w is worse than p" in lost.words
+    assert not lost.significant
     assert exact.significant
     assert drawn.significant
     assert {exact.test, drawn.test} == {"McNemar's exact test", "a paired bootstrap"}
