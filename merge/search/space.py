@@ -332,5 +332,7 @@ def _name(at: Place) -> str:
 
 
 def _label(option: Any) -> str:
-    text = str(option)
+    """How an option is shown: a table by its method or model, where it names one."""
+    name = (option.get("merge_method") or option.get("model")) if isinstance(option, dict) else None
+    text = name if isinstance(name, str) else str(option)
     return text if len(text) <= 60 else f"{text[:57]}..."

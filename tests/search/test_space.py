@@ -230,3 +230,12 @@ def test_groups_of_layers_have_values_of_their_own() -> None:
     )
     assert [p["parameters"]["weight"][0]["value"] for p in pieces] == pytest.approx([0.2, 0.4, 0.6])
     parse_recipe(yaml.safe_dump(filled))
+
+
+def test_tables_to_choose_from_are_shown_by_what_they_name() -> None:
+    space = space_of(
+        "variants: [{merge_method: ties, parameters: {density: 0.5}}, {dtype: float32}]"
+    )
+    (choice,) = space.dimensions()
+    assert isinstance(choice, Choice)
+    assert choice.labels == ("ties", "{'dtype': 'float32'}")
