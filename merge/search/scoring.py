@@ -13,7 +13,7 @@ from merge.budget import keep_freed_memory
 from merge.errors import RequestError
 from merge.pipeline import budget_of, plan_parsed
 from merge.plan import Plan
-from merge.recipe import parse_recipe
+from merge.recipe import Recipe, parse_recipe
 from merge.score import (
     check_logits,
     few_threads,
@@ -55,15 +55,21 @@ class Scorer:
             self._shells = Shells(*scoring_dtype())
         keep_freed_memory()
 
-    def plan(self, recipe: Mapping[str, Any]) -> Plan:
-        """The plan of a candidate; raises RequestError."""
+    def parsed(self, recipe: Mapping[str, Any]) -> Recipe:
+        """A candidate as its text says it; raises RequestError."""
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
         parsed = parse_recipe(text, str(self.file))
         for key in NOT_SEARCHED:
             if getattr(parsed.sections, key):
                 todo = "search without it, then add it to the best recipe"
                 raise RequestError(f"{self.file}: {key}: is not searched over; {todo}")
-        return plan_parsed(parsed, memory=self.memory, offline=self.offline, opened=self.opened)
+        return parsed
+
+    def plan(self, recipe: Mapping[str, Any]) -> Plan:
+        """The plan of a candidate; raises RequestError."""
+        return plan_parsed(
+            self.parsed(recipe), memory=self.memory, offline=self.offline, opened=self.opened
+        )
 
     def live(self, plan: Plan) -> LiveModel:
         """The model of a plan, in memory; raises RunError where an input is not finite or unreadable."""

@@ -12,7 +12,7 @@ A recipe with one of these in the place of values is a space; whoever fills it d
                              `probability: 0.4` in each, a random search draws some more often than others
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import isfinite
@@ -108,6 +108,17 @@ class Space:
     def dimensions(self) -> list[Dimension]:
         """Every dimension that may be asked for, once, in the order of the document."""
         found: dict[str, Dimension] = {}
+        for _ in self._walked(found, 0):
+            pass
+        return list(found.values())
+
+    def with_each_option(self, end: int) -> Iterator[dict[str, Any]]:
+        """Plain recipes, in which each option of each choice is at least once; numbers at their lowest
+        (end 0) or highest (1)."""
+        return self._walked({}, end)
+
+    def _walked(self, found: dict[str, Dimension], end: int) -> Iterator[dict[str, Any]]:
+        """The same; what is asked for on the way is put into `found`."""
         pending: list[dict[str, int]] = [{}]
         while pending:  # once for each option of each choice, those within the options too
             fixed = pending.pop()
@@ -116,13 +127,12 @@ class Space:
                 new = dimension.name not in found
                 found.setdefault(dimension.name, dimension)
                 if not isinstance(dimension, Choice):
-                    return dimension.low
+                    return ends(dimension)[end]
                 if new:
                     pending.extend({**fixed, dimension.name: i} for i in range(1, dimension.count))
                 return fixed.get(dimension.name, 0)
 
-            self.filled(ask)
-        return list(found.values())
+            yield self.filled(ask)
 
 
 def varying(value: Any, at: Place = ()) -> Place | None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from merge.search.space import Space, ends
 from merge.search.starts import is_searched, start_recipes
 from merge.search.tried import baselines, digest_of
 from merge.search.verdict import compared
+
+CHECKED = 100  # options whose text is read before a search: paths through layers have thousands
 
 Told = Callable[[Candidate, "Study"], None]
 Placing = Callable[["Study", Told], None]  # has workers somewhere try candidates until none is left
@@ -255,6 +257,7 @@ def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) 
     """Raises what is wrong with all candidates: with the lowest values of everything and with the highest."""
     for _, recipe in start_recipes(scorer.section):
         scorer.plan(recipe)
+    _check_options(space, scorer)
     first: RequestError | None = None
     for end in (0, 1):
         try:
@@ -265,3 +268,17 @@ def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) 
             first = first or error
     assert first
     raise first
+
+
+def _check_options(space: Space, scorer: Scorer) -> None:
+    """Raises what the text of an option has wrong, which would otherwise be found when it is drawn."""
+    both = zip(space.with_each_option(0), space.with_each_option(1), strict=True)
+    for recipes in islice(both, CHECKED):
+        wrong: list[RequestError] = []
+        for recipe in recipes:
+            try:
+                scorer.parsed(recipe)
+            except RequestError as error:
+                wrong.append(error)
+        if len(wrong) == len(recipes):
+            raise wrong[0]
