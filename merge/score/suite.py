@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from merge.errors import RequestError
 from merge.shipped import shipped
 
 KEYS = ("task", "metric", "higher_is_better", "num_fewshot", "full", "part")
+KEYS_OF_SUITE = ("name", "description", "source", "batch_size", "tasks", "search_tasks")
 # metrics of the harness that are no shares of anything
 UNBOUNDED = frozenset(
     [
@@ -65,7 +66,8 @@ class Suite:
         key = "tasks" if split == "heldout" else "search_tasks"
         try:
             data = yaml.safe_load(file.read_text(encoding="utf-8"))
-            tasks = tuple(_task(entry) for entry in data.get(key, []))
+            _check_keys(data, KEYS_OF_SUITE, "a suite")
+            tasks = tuple(_task(entry) for entry in _listed(data, key))
             batch_size = _whole("batch_size", data.get("batch_size", 1), least=1)
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestError(
@@ -102,9 +104,24 @@ def _file_of(name: str) -> Path:
     )
 
 
+def _listed(data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The entries under `key`, each of another task."""
+    entries = data.get(key, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{key} must be a list of tables")
+    names = [str(entry.get("task")) for entry in entries]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{key} names {twice} twice")
+    return entries
+
+
+def _check_keys(data: Mapping[str, Any], known: Sequence[str], of: str) -> None:
+    if unknown := [str(key) for key in data if key not in known]:
+        raise ValueError(f"{unknown[0]} is no key of {of}; there are {', '.join(known)}")
+
+
 def _task(entry: Mapping[str, Any]) -> Task:
-    if unknown := [str(key) for key in entry if key not in KEYS]:
-        raise ValueError(f"{unknown[0]} is no key of a task; there are {', '.join(KEYS)}")
+    _check_keys(entry, KEYS, "a task")
     few, full = entry.get("num_fewshot"), entry.get("full", 1)
     better = entry.get("higher_is_better", True)
     if not isinstance(better, bool):

@@ -104,6 +104,21 @@ def test_a_suite_that_is_none_is_told(
 
 
 @pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("taskz: []", "taskz is no key of a suite"),
+        ("tasks: mine", "tasks must be a list of tables"),
+        ("tasks: [{task: a, metric: m}, {task: a, metric: n}]", "tasks names a twice"),
+    ],
+)
+def test_keys_and_tasks_of_a_suite_are_checked(tmp_path: Path, text: str, what: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(RequestError, match=what):
+        Suite.named(str(file))
+
+
+@pytest.mark.parametrize(
     ("text", "loops"),
     [
         ("The answer is yes. " * 10, True),
