@@ -55,7 +55,7 @@ def tasks_by_name(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[S
     harness = harness_with([name for name, _, _ in asked], include)
     tasks: dict[str, Task] = {}
     for pattern, _, metric in asked:
-        for name in _matching(pattern, harness):
+        for name in matching(pattern, harness):
             tasks[name] = _task(name, metric, harness)
     label = ",".join(name for name, _, _ in asked)
     return Suite(label, Path(), tuple(tasks.values()), 1, tuple(include)), harness
@@ -65,7 +65,7 @@ def check_tasks(suite: Suite, harness: Any) -> None:
     """Raises RequestError where the harness lacks a task of the suite or its metric, or counts it
     otherwise."""
     for task in suite.tasks:
-        _matching(task.name, harness)
+        matching(task.name, harness)
         known = metrics_of(task.name, harness)
         if known and task.metric not in known:
             raise RequestError(
@@ -113,14 +113,15 @@ def _kind(harness: Any, name: str) -> str:
     return entry.kind.name if entry else ""
 
 
-def _matching(pattern: str, harness: Any) -> list[str]:
+def matching(pattern: str, harness: Any) -> list[str]:
+    """Names in the harness that a name or pattern stands for; raises RequestError where there are none."""
     if pattern in harness.task_index:
         return [pattern]
     found = sorted(harness.match_tasks([pattern])) if "*" in pattern else []
     if not found:
         raise RequestError(
             f"no task, group or tag {pattern!r} in lm-eval{nearest(pattern, harness.all_tasks)}; "
-            "`lm-eval ls tasks` lists them; --include names a folder of your own"
+            "`lm-eval ls tasks` lists them; `include` names a folder of your own"
         )
     return found
 

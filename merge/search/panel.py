@@ -16,7 +16,7 @@ import numpy as np
 from merge.agreement import canonical
 from merge.errors import RequestError, ScoreError
 from merge.score import Suite, Task, task_manager
-from merge.score.harness import leaves
+from merge.score.harness import leaves, matching
 from merge.score.running import set_examples
 from merge.search.documents import (
     APART,
@@ -235,7 +235,7 @@ def _lm_eval_tasks(suite: Suite, tasks: Sequence[Task]) -> dict[str, Any]:
 
     harness, found = task_manager(suite), {}
     for task in tasks:
-        parts = list(leaves(get_task_dict([task.name], harness)))
+        parts = list(leaves(get_task_dict(matching(task.name, harness), harness)))
         if len(parts) != 1:
             within = ", ".join(part.config.task for part in parts[:3])
             raise RequestError(

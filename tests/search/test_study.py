@@ -506,6 +506,10 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"parameters": {}, "models": [{"model": "zoo:sorter"}]}, "nothing in it may vary"),
         ({"study": {"tasks": [{"task": "a"}, {"task": "a", "metric": "f1"}]}}, "a is there twice"),
         ({"study": {"objectives": ["quickstart_search_revers"]}}, "no task .* .did you mean"),
+        (
+            {"study": {"tasks": [{"task": "quickstart_srt"}]}},
+            "no task, group or tag 'quickstart_srt'",
+        ),
         ({"variants": [{"dtype": "float32"}, {"merge_method": "sler"}]}, "did you mean 'slerp'"),
         ({"variants": [{}, {"parameters": {"wait": {"search": [0, 1]}}}]}, "'wait'"),
         ({"variants": [{}, {"parameters": {"weight": {"choice": [1, "a"]}}}]}, "weight"),
