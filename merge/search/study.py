@@ -276,6 +276,8 @@ def _check_options(space: Space, scorer: Scorer) -> None:
     for recipes in islice(both, CHECKED):
         wrong: list[RequestError] = []
         for recipe in recipes:
+            if recipe.get("slices") == []:  # a path of which no layer was drawn
+                continue
             try:
                 scorer.parsed(recipe)
             except RequestError as error:
