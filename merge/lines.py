@@ -103,6 +103,11 @@ def _collect_lines(node: yaml.Node, path: Path, lines: dict[Path, int], file: st
             _collect_lines(value, (*path, i), lines, file)
 
 
+def first_twice(names: Sequence[str]) -> str | None:
+    """The first name that was there before, if any was."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
+
+
 def nearest(word: str, known: Sequence[str], cutoff: float = 0.5) -> str:
     """` (did you mean ...?)` where a known word is close, else nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from merge.errors import RequestError
+from merge.lines import first_twice
 from merge.shipped import shipped
 
 KEYS = ("task", "metric", "higher_is_better", "num_fewshot", "full", "part")
@@ -109,8 +110,7 @@ def _listed(data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     entries = data.get(key, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{key} must be a list of tables")
-    names = [str(entry.get("task")) for entry in entries]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := first_twice([str(entry.get("task")) for entry in entries]):
         raise ValueError(f"{key} names {twice} twice")
     return entries
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import RequestError
-from merge.lines import Lines
-from merge.search.sections import GenomeSection, GenomeTask, first_twice
+from merge.lines import Lines, first_twice
+from merge.search.sections import GenomeSection, GenomeTask
 from merge.sections import read_section
 from merge.sources.model import read_json, text_config
 from merge.sources.opening import locate

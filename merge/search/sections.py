@@ -1,11 +1,11 @@
 """The keys of a recipe about a search."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, StrictInt, field_validator, model_validator
 
 from merge.fields import Label, Strict
+from merge.lines import first_twice
 
 Sampler = Literal["cma-es", "tpe", "nsga-ii", "random", "grid"]
 OF_SEVERAL = (
@@ -14,11 +14,6 @@ OF_SEVERAL = (
     "random",
     "grid",
 )  # that can look for the best in several objectives
-
-
-def first_twice(names: Sequence[str]) -> str | None:
-    """The first name that was there before, if any was."""
-    return next((name for i, name in enumerate(names) if name in names[:i]), None)
 
 
 class ObjectiveSection(Strict):
