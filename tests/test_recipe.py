@@ -408,7 +408,8 @@ GOOD: dict[str, Any] = {
 }
 
 
-KNOWN = {*Sections.model_fields, *OF_SEARCHES, "variants", "out_path"}  # the last: mergekit's word for output
+# the last is the word of mergekit-mega for output
+KNOWN = {*Sections.model_fields, *OF_SEARCHES, "variants", "out_path"}
 
 
 @given(WORDS.filter(lambda word: word not in KNOWN))
