@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from merge.errors import PlanError
-from merge.fuse import available
+from merge.machine import available
 from merge.numerics import grain_rows
 from merge.plan import Operand, Plan, Step, every_step
 from merge.sections import parse_size

@@ -1,13 +1,13 @@
-"""What happens to one grain: stored values in, merged stored values or a statistic out.
+"""What happens to grains: stored values in, merged stored values or a statistic out.
 
-Written once, as numpy expressions; run on arrays as they are, or compiled into one loop where enough
-work waits. The first grain that a compiled loop meets is also computed by numpy: if the bits differ,
-the loop is not used.
+Written once, as numpy expressions; run on the arrays of a grain as they are, or compiled into one loop,
+which takes many grains at once, where enough work waits. The first grain that a compiled loop meets is also
+computed by numpy: if the bits differ, the loop is not used.
 """
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.fuse import BINS, LANES, ROW_LANES, Loop, UntraceableError, traced
+from merge.fuse import Loop, UntraceableError, traced
+from merge.machine import UncompiledError
 from merge.methods import Counts, Method, OfRows, Passes, Request, Statistic
+from merge.nest import BINS, LANES, ROW_LANES
 from merge.numerics import (
     INFINITY,
     STORAGE,
     Array,
     Counter,
     Raw,
-    folded,
     from_float32,
+    grain_rows,
+    grains,
     largest_magnitude,
     random_key,
     row_sums,
@@ -35,14 +38,17 @@ from merge.ranks import magnitude_ranks
 
 # stored rows of every input, and the numbers of their elements for whoever asks -> arrays
 Expression = Callable[[Sequence[Any], Callable[[], Counter]], Iterable[Any]]
-Grain = tuple[Sequence[Raw], int]  # stored rows of every input, number of their first element
-# merged rows, in the memory that is given for them if that can be; whether all was seen to be finite
-Merging = Callable[[Grain, Raw | None], tuple[Raw, bool]]
+Grains = tuple[Sequence[Raw], int]  # stored rows of every input; number of their first element
+# merged rows, in the memory that is given for them; whether all values of the grains and of the result were
+# seen to be finite: if not, some may be
+Merging = Callable[[Grains, Raw], bool]
+# statistics, one for each grain or one for all; whether all values of the grains were seen to be finite
+Measuring = Callable[[Grains], tuple[list[Statistic], bool]]
 
 
 @dataclass(frozen=True)
 class Formula:
-    """The arithmetic of one step of a plan."""
+    """The arithmetic of one step of a plan, on one grain of its rows or more."""
 
     step: Step
     fuse: bool
@@ -51,11 +57,6 @@ class Formula:
     @property
     def method(self) -> Method:
         return self.step.method
-
-    @property
-    def merges_as_it_reads(self) -> bool:
-        """Whether a grain that was read is merged at once, without statistics passes."""
-        return self.method.statistics is None and not self.step.copy
 
     def passes(self) -> Passes | None:
         """The method's statistics passes over the step's tensors, or None."""
@@ -67,8 +68,7 @@ class Formula:
         )
 
     def merging(self, stats: Any) -> Merging:
-        """A function from a grain to its merged rows as stored, and whether all values of the grain and
-        of the result were seen to be finite; if not, some may be."""
+        """What fills memory with the merged rows of grains, as they are stored."""
         # half precision has no integer shortcut: its loop ends in float32
         dtype = self.step.dtype if self.step.dtype in ("BF16", "F32") else "F32"
         if stats is not None and self.method.settled:
@@ -90,29 +90,37 @@ class Formula:
         beside = self._ranks() if "ranks" in self.method.takes else _of_rows(found.of_rows)
         function = self._compiled(merged, "store", beside)
         if dtype == self.step.dtype:
-            return function.checked
-        return lambda grain, into: (from_float32(function(grain)[0], self.step.dtype), False)
+            return function.store
 
-    def measuring(self, request: Request) -> Callable[[Iterable[Grain]], list[Statistic]]:
-        """A function from grains to their statistics: one each, or (integers) one for all."""
+        def rounded(given: Grains, into: Raw) -> bool:
+            for grain, a, b in one_by_one(given):
+                (values,), _ = function(grain)
+                into[a:b] = from_float32(values, self.step.dtype)
+            return False
+
+        return rounded
+
+    def measuring(self, request: Request) -> Measuring:
+        """What finds out the statistics of grains."""
         if isinstance(request, Counts):
-            return self._counting(request)
+            of_rows = _of_rows(request.of_rows)
+            return self._compiled(lambda raws, _: self._bins(request, raws), "count", of_rows).total
         kind = "columns" if request.by_column else "rows" if request.by_row else "sum"
         function = self._compiled(lambda raws, _: request.terms(self._operands(raws)[0]), kind)
-        if kind == "sum":
-            return lambda grains: [
-                np.array([folded(lanes) for lanes in function(grain)]) for grain in grains
-            ]
-        if kind == "rows":
-            return lambda grains: [np.stack(function(grain)) for grain in grains]
-        return _added(function)
+        if kind == "columns":
+            return function.total
 
-    def _counting(self, request: Counts) -> Callable[[Iterable[Grain]], list[Statistic]]:
-        def bins(raws: Sequence[Any], _: Any) -> Iterable[Any]:
-            x, _, of_rows = self._operands(raws)
-            return request.bins(x, *of_rows)
+        def measured(given: Grains) -> tuple[list[Statistic], bool]:
+            results, finite = function(given)
+            if kind == "rows":
+                return [np.stack(results)], finite
+            return list(np.stack([row_sums(lanes) for lanes in results], axis=1)), finite
 
-        return _added(self._compiled(bins, "count", _of_rows(request.of_rows)))
+        return measured
+
+    def _bins(self, request: Counts, raws: Sequence[Any]) -> Iterable[Any]:
+        x, _, of_rows = self._operands(raws)
+        return request.bins(x, *of_rows)
 
     @property
     def _arguments(self) -> dict[str, Any]:
@@ -137,7 +145,7 @@ class Formula:
     def _ranks(self) -> "_Beside":
         """The rank of each value of each model (of its task vector, where there is a base)."""
 
-        def ranks(grain: Grain) -> list[Raw]:
+        def ranks(grain: Grains) -> list[Raw]:
             raws, skipped = grain[0], int(self.step.base is not None)
             base = self._widened(raws[0], 0) if skipped else np.float32(0.0)
             with np.errstate(all="ignore"):
@@ -151,20 +159,19 @@ class Formula:
     def _compiled(
         self, expression: Expression, kind: str, beside: "_Beside | None" = None
     ) -> "_GrainFunction":
-        loop = self._loop(expression, kind, beside.dtypes if beside else ())
+        loop = self._loop(expression, kind, beside or _Beside((), lambda grain: ()))
         return _GrainFunction(expression, kind, loop, self.fuse, beside)
 
-    def _loop(
-        self, expression: Expression, kind: str, beside: Sequence["np.dtype[Any]"]
-    ) -> Loop | None:
+    def _loop(self, expression: Expression, kind: str, beside: "_Beside") -> Loop | None:
         if not self.fuse or kind == "columns":
             return None
         dtypes = [_loop_dtype(operand.info.dtype) for operand in self.step.inputs]
         try:
             return traced(
                 lambda raws, index, high: list(expression(raws, lambda: Counter(index, high))),
-                [*dtypes, *beside],
+                [*dtypes, *beside.dtypes],
                 kind,
+                len(beside.dtypes) * beside.by_row,
             )
         except UntraceableError:
             return None
@@ -172,36 +179,33 @@ class Formula:
 
 @dataclass(frozen=True)
 class _Beside:
-    """Arrays of a grain that are neither stored nor element-wise: further inputs of its expression."""
+    """Arrays that are not stored: further inputs of an expression, [rows, cols] or, by row, [rows, 1]."""
 
     dtypes: "Sequence[np.dtype[Any]]"
-    of: Callable[[Grain], Sequence[Raw]]
+    of: Callable[[Grains], Sequence[Raw]]
+    by_row: bool = False
 
 
 def _of_rows(numbers: Array | None) -> _Beside | None:
-    """`numbers`, float32 [rows of the tensor], each repeated along its row."""
+    """`numbers`, float32 [rows of the tensor]."""
     if numbers is None:
         return None
 
-    def repeated(grain: Grain) -> list[Raw]:
-        raws, element = grain
+    def of(given: Grains) -> list[Raw]:
+        raws, element = given
         rows, cols = raws[0].shape
         first = element // cols
-        return [np.broadcast_to(numbers[first : first + rows, None], (rows, cols))]
+        return [numbers[first : first + rows, None]]
 
-    return _Beside((np.dtype(np.float32),), repeated)
+    return _Beside((np.dtype(np.float32),), of, by_row=True)
 
 
-def _added(function: "_GrainFunction") -> Callable[[Iterable[Grain]], list[Statistic]]:
-    """Integers of all grains in one."""
-
-    def total_of(grains: Iterable[Grain]) -> list[Statistic]:
-        total: list[Any] | None = None
-        for grain in grains:
-            total = function(grain, total)
-        return [np.stack(total)] if total else []
-
-    return total_of
+def one_by_one(given: Grains) -> Iterator[tuple[Grains, int, int]]:
+    """Each grain, and the first and end of its rows among those that are given."""
+    raws, element = given
+    rows, cols = raws[0].shape
+    for a, b in grains((rows, cols)):
+        yield ([raw[a:b] for raw in raws], element + a * cols), a, b
 
 
 def _loop_dtype(dtype: str) -> "np.dtype[Any]":
@@ -210,13 +214,13 @@ def _loop_dtype(dtype: str) -> "np.dtype[Any]":
 
 
 def _lanes(values: Any) -> Any:
-    """Element i added to lane i % LANES, in order."""
+    """Element i of the one grain added to lane i % LANES, in order, [1, LANES]."""
     flat = values.ravel()
     whole = flat.size // LANES * LANES
-    lanes = np.zeros(LANES)
+    lanes = np.zeros((1, LANES))
     if whole:
-        lanes += np.add.reduce(flat[:whole].reshape(-1, LANES), axis=0)
-    lanes[: flat.size - whole] += flat[whole:]
+        lanes[0] += np.add.reduce(flat[:whole].reshape(-1, LANES), axis=0)
+    lanes[0, : flat.size - whole] += flat[whole:]
     return lanes
 
 
@@ -244,6 +248,7 @@ _REDUCED: dict[str, Callable[[Any], Any]] = {
     "count": _counted,
     "columns": lambda v: v.sum(axis=0),
 }
+_ADDED = ("count", "columns")  # kinds whose results of two grains are added, not put in a row
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time, _one_trial = threading.Lock(), threading.Lock()
 _log = logging.getLogger("mergetool")
@@ -251,7 +256,7 @@ _log = logging.getLogger("mergetool")
 
 @dataclass(frozen=True)
 class _GrainFunction:
-    """`expression` of a grain, reduced as `kind` says (see fuse.traced): by its loop or by numpy."""
+    """`expression` of grains, reduced as `kind` says (see fuse.traced): by its loop or by numpy."""
 
     expression: Expression
     kind: str
@@ -259,34 +264,62 @@ class _GrainFunction:
     fuse: bool  # then memory is planned for the arrays of one thread at a time
     beside: _Beside | None = None
 
-    def __call__(self, grain: Grain, total: list[Any] | None = None) -> list[Any]:
-        """One array per result; counts are added to `total` where it is given."""
-        grain = self._with_beside(grain)
-        if self._by_loop_now():
-            return self.by_loop(grain, total)[0]
-        return self._added(self._tried(grain) if self.fuse else self.by_numpy(grain), total)
+    def __call__(self, given: Grains) -> tuple[list[Any], bool]:
+        """One array per result; whether a loop saw nothing but finite values."""
+        found: list[list[Any]] = []
+        finite = True
+        for piece, _, _ in self._pieces(given):
+            results, seen = self._of_piece(piece)
+            finite &= seen
+            if found and self.kind in _ADDED:
+                found[0] = [a + b for a, b in zip(found[0], results, strict=True)]
+            else:
+                found.append(results)
+        if len(found) == 1:
+            return found[0], finite
+        return [np.concatenate(parts) for parts in zip(*found, strict=True)], finite
 
-    def checked(self, grain: Grain, into: Raw | None = None) -> tuple[Any, bool]:
-        """The one result that is stored, and whether the loop saw nothing but finite values.
+    def total(self, given: Grains) -> tuple[list[Statistic], bool]:
+        """The integers of all grains in one."""
+        results, finite = self(given)
+        return [np.stack(results)], finite
 
-        into: contiguous memory that a loop fills with the result, which then is `into` itself.
-        """
-        if not self._by_loop_now():
-            return self(grain)[0], False
-        results, largest = self.by_loop(self._with_beside(grain), into=into)
-        assert self.loop is not None
-        types = (*self.loop.inputs, *self.loop.outputs)
-        finite = all(found < _LIMITS[t.str[1:]] for found, t in zip(largest, types, strict=True))
-        return into if into is not None else results[0], finite
+    def store(self, given: Grains, into: Raw) -> bool:
+        """Fills `into`, contiguous memory, with the one result; tells what a call tells."""
+        finite = True
+        for piece, a, b in self._pieces(given):
+            finite &= self._of_piece(piece, into[a:b])[1]
+        return finite
 
-    def _with_beside(self, grain: Grain) -> Grain:
-        raws, element = grain
-        return ([*raws, *self.beside.of(grain)], element) if self.beside else grain
+    def _pieces(self, given: Grains) -> Iterable[tuple[Grains, int, int]]:
+        """What is computed at once: everything by a loop, where that needs no memory of its own for each
+        element and all share the high part of their numbers; otherwise one grain after the other."""
+        raws, first = given
+        alike = first >> 32 == max(first, first + raws[0].size - 1) >> 32
+        bare = self.beside is None or self.beside.by_row
+        if self._by_loop_now() and alike and bare and all(r.dtype != np.float16 for r in raws):
+            return [(given, 0, len(raws[0]))]
+        return one_by_one(given)
+
+    def _of_piece(self, piece: Grains, into: Raw | None = None) -> tuple[list[Any], bool]:
+        piece = self._with_beside(piece)
+        if self.loop is None or not self._by_loop_now():
+            results = self._tried(piece) if self.fuse else self.by_numpy(piece)
+            if into is not None:
+                into[:] = results[0]
+            return results, False
+        results, largest = self.by_loop(piece, into)
+        limits = [_LIMITS[dtype.str[1:]] for dtype in self.loop.watched]
+        return results, all(x < limit for x, limit in zip(largest, limits, strict=True))
+
+    def _with_beside(self, given: Grains) -> Grains:
+        raws, element = given
+        return ([*raws, *self.beside.of(given)], element) if self.beside else given
 
     def _by_loop_now(self) -> bool:
         return self.fuse and self.loop is not None and _trusted.get(self.loop.source, False)
 
-    def _tried(self, grain: Grain) -> list[Any]:
+    def _tried(self, grain: Grains) -> list[Any]:
         """By numpy; the first that comes tries the loop as well, while others go on by numpy."""
         with _one_at_a_time:
             expected = self.by_numpy(grain)
@@ -297,54 +330,45 @@ class _GrainFunction:
             _trusted[self.loop.source] = self._agrees(grain, expected)
         return expected
 
-    def _agrees(self, grain: Grain, expected: list[Any]) -> bool:
+    def _agrees(self, grain: Grains, expected: list[Any]) -> bool:
         try:
             found, largest = self.by_loop(grain)
-        except UntraceableError as error:
+        except UncompiledError as error:
             _log.warning("merging without compiled loops: %s", str(error).splitlines()[0])
             return False
         same = all(_same_bits(a, b) for a, b in zip(found, expected, strict=True))
-        if self.kind == "store":
-            magnitudes = [largest_magnitude(_widened(raw)) for raw in grain[0]]
-            magnitudes += [largest_magnitude(result) for result in expected]
-            same &= largest.tolist() == magnitudes
+        assert self.loop is not None
+        elements = grain[0][: len(grain[0]) - self.loop.by_row]
+        seen = [*map(_widened, elements), *expected][: len(largest)]
+        same = same and largest.tolist() == [largest_magnitude(values) for values in seen]
         if not same:
             _log.warning(
                 "a compiled loop gives other bits than numpy on this machine; it is not used"
             )
         return same
 
-    def by_numpy(self, grain: Grain) -> list[Any]:
+    def by_numpy(self, grain: Grains) -> list[Any]:
+        """One grain, what stands beside it among its rows."""
         raws, first = grain
         elements = cache(lambda: Counter.of(first, raws[0].shape))
         with np.errstate(all="ignore"):  # infinities are looked for in what is written
             return [_REDUCED[self.kind](result) for result in self.expression(raws, elements)]
 
     def by_loop(
-        self, grain: Grain, total: list[Any] | None = None, into: Raw | None = None
+        self, given: Grains, into: Raw | None = None
     ) -> tuple[list[Any], NDArray[np.uint64]]:
         """The results, and what Loop.run tells. into: where the one result that is stored goes."""
         assert self.loop is not None
-        raws, first = grain
+        raws, first = given
+        rows, cols = raws[0].shape
+        if self.kind == "sum":
+            cols *= grain_rows((rows, cols))
+        elif self.kind != "rows" and not self.loop.by_row:
+            cols *= rows  # all of one row, so that the innermost loop is long
         flat = [np.ascontiguousarray(_widened(raw)).reshape(-1) for raw in raws]
-        out: list[Any]
-        if into is not None:
-            out = [into.reshape(-1)]
-        elif self.kind == "store":
-            out = [np.empty(flat[0].size, dtype) for dtype in self.loop.outputs]
-        elif self.kind == "sum":
-            out = [np.zeros(LANES) for _ in self.loop.outputs]
-        elif self.kind == "rows":
-            out = [np.zeros(len(raws[0])) for _ in self.loop.outputs]
-        else:
-            out = total or [np.zeros(BINS, np.int64) for _ in self.loop.outputs]
-        largest = self.loop.run(first, flat, out, raws[0].shape[1])
-        shaped = [o.reshape(raws[0].shape) for o in out] if self.kind == "store" else out
-        return shaped, largest
-
-    @staticmethod
-    def _added(results: list[Any], total: list[Any] | None) -> list[Any]:
-        return [a + b for a, b in zip(results, total, strict=True)] if total else results
+        out = self.loop.room(flat[0].size, cols) if into is None else [into.reshape(-1)]
+        largest = self.loop.run(first, flat, out, cols)
+        return [o.reshape(rows, -1) if self.kind == "store" else o for o in out], largest
 
 
 def _widened(raw: Raw) -> Raw:

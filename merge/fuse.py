@@ -10,9 +10,6 @@ of the numpy function, 10 times faster where that is bound by memory.
 What is not element-wise raises UntraceableError; the caller then keeps to numpy.
 """
 
-import ctypes
-import importlib.util
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +18,8 @@ import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
-LANES = 1024  # partial sums of a grain: element i is added to lane i % LANES
-BINS = 1 << 16  # a count statistic has so many bins; larger values are not counted
-ROW_LANES = 64  # of a row: element i is added to lane i % ROW_LANES
-CHUNK = 2048  # elements whose bins are computed before they are counted
+from merge.machine import compiled
+from merge.nest import BINS, LANES, Value, load, text
 
 
 class UntraceableError(Exception):
@@ -57,11 +52,6 @@ _BOOL = {
 }  # fmt: skip
 _PATTERNS = {"f": _FLOAT, "u": _UNSIGNED, "b": _BOOL}
 _SHIFTS = {"left_shift": "shl", "right_shift": "lshr"}
-_DECLARATIONS = [
-    f"declare {t} @llvm.{name}.{f}({t})"
-    for name in ("fabs", "sqrt")
-    for t, f in (("float", "f32"), ("double", "f64"))
-] + [f"declare i{bits} @llvm.umax.i{bits}(i{bits}, i{bits})" for bits in (16, 32, 64)]
 
 
 class Symbol(NDArrayOperatorsMixin):
@@ -130,6 +120,12 @@ class _Trace:
         name = f"%v{len(self.lines)}"
         self.lines.append(f"{name} = {expression}")
         return Symbol(self, name, dtype)
+
+    def loaded(self, array: str, dtype: "np.dtype[Any]") -> str:
+        """The name of the element of `array`."""
+        name = f"%v{len(self.lines)}"
+        self.lines += load(name, _type(dtype), array, "%i")
+        return name
 
     def apply(self, ufunc: Any, inputs: Sequence[Any]) -> Symbol:
         name = ufunc.__name__
@@ -206,344 +202,100 @@ def _type_of(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Loop:
-    """A traced function: the text of its loop and the numbers to run it with."""
+    """A traced function: the text of its loop and the numbers to run it with.
+
+    kind: what becomes of the results, see `traced`. inputs, outputs: types of the arrays. by_row: how many of
+    the last inputs hold one number for each row.
+    """
 
     source: str
+    kind: str
     numbers: tuple[NDArray[Any], ...]
     inputs: tuple[np.dtype[Any], ...]
     outputs: tuple[np.dtype[Any], ...]
+    by_row: int = 0
+
+    @property
+    def watched(self) -> tuple[np.dtype[Any], ...]:
+        """Types of the arrays whose largest magnitudes it tells: inputs not by row, and what it stores."""
+        elements = self.inputs[: len(self.inputs) - self.by_row]
+        return (*elements, *self.outputs) if self.kind == "store" else elements
 
     def run(
-        self,
-        first: int,
-        inputs: Sequence[NDArray[Any]],
-        out: Sequence[NDArray[Any]],
-        cols: int = 1,
+        self, first: int, inputs: Sequence[NDArray[Any]], out: Sequence[NDArray[Any]], cols: int
     ) -> NDArray[np.uint64]:
         """One pass over `inputs` (flat, equally long); `first`: number of their first element; `cols`:
-        elements of a row, where rows matter.
+        elements of a row or, of a "sum", of a grain.
 
-        Of a "store" loop, the result is the largest bits without sign of each input and each output:
-        from those of infinity on, it holds an infinity or a NaN. Raises UntraceableError where the loop
-        cannot be compiled here.
+        The largest bits without sign of each of the arrays that are `watched`: from those of infinity on, it
+        holds an infinity or a NaN. Raises UncompiledError.
         """
         arrays = [*self.numbers, *inputs, *out]
         run = compiled(self.source, len(arrays) + 1)
+        size, elements = inputs[0].size, len(inputs) - self.by_row
         assert all(array.flags.c_contiguous and array.flags.aligned for array in arrays)
-        assert all(array.size == inputs[0].size for array in inputs)
-        largest = np.zeros(len(inputs) + len(out), np.uint64)
+        assert all(array.size == size for array in inputs[:elements])
+        assert all(array.size * cols == size for array in inputs[elements:])
+        largest = np.zeros(len(self.watched), np.uint64)
         places = (array.ctypes.data for array in (*arrays, largest))
-        run(inputs[0].size, cols, first & 0xFFFFFFFF, first >> 32, *places)
+        run(size, cols, first & 0xFFFFFFFF, first >> 32, *places)
         return largest
+
+    def room(self, elements: int, cols: int) -> list[NDArray[Any]]:
+        """Arrays for the results over so many elements in rows (or grains) of `cols`."""
+        rows = -(-elements // max(1, cols))
+        if self.kind == "store":
+            return [np.empty(elements, dtype) for dtype in self.outputs]
+        shape, dtype = {"sum": ((rows, LANES), np.float64), "rows": ((rows,), np.float64),
+                        "count": ((BINS,), np.int64)}[self.kind]  # fmt: skip
+        return [np.zeros(shape, dtype) for _ in self.outputs]
 
 
 def traced(
-    function: Callable[..., Sequence[Any]], dtypes: Sequence[np.dtype[Any]], kind: str
+    function: Callable[..., Sequence[Any]],
+    dtypes: Sequence[np.dtype[Any]],
+    kind: str,
+    by_row: int = 0,
 ) -> Loop:
     """`function(symbols, index, index_high)` -> arrays, as a loop; raises UntraceableError.
 
-    kind "store": the arrays are written out. "sum": each is summed over LANES lanes into float64
-    [LANES]. "rows": each row is summed over ROW_LANES lanes, which numerics.row_sums adds up, into
-    float64 [rows]. "count": each (uint32) is counted into int64 [BINS]; values from BINS on are left out.
+    kind "store": the arrays are written out. "sum": those of each grain are summed over LANES lanes into
+    float64 [grains, LANES]. "rows": each row is summed over ROW_LANES lanes, which are added up as
+    numerics.row_sums does, into float64 [rows]. "count": each (uint32) is counted into int64 [BINS]; values
+    from BINS on are left out. by_row: so many of the last inputs hold one number for each row.
     index: uint32 number of the element, modulo 2**32; index_high: what is above, of the first element.
     """
     trace, u4 = _Trace(), np.dtype(np.uint32)
-    loaded = [Symbol(trace, _load(trace, f"%x{i}", dtype), dtype) for i, dtype in enumerate(dtypes)]
+    elements = len(dtypes) - by_row
+    rows = [Symbol(trace, f"%x{i}_of_row", dtypes[i]) for i in range(elements, len(dtypes))]
+    loaded = [Symbol(trace, trace.loaded(f"%x{i}", dtypes[i]), dtypes[i]) for i in range(elements)]
     low = trace.emit("trunc i64 %i to i32", u4)
     index = trace.emit(f"add i32 %first, {low.name}", u4)
-    results = function(loaded, index, Symbol(trace, "%high", u4))
+    results = function([*loaded, *rows], index, Symbol(trace, "%high", u4))
     if not all(isinstance(result, Symbol) for result in results):
         raise UntraceableError("a result that does not depend on the inputs")
-    numbers = tuple(np.array(trace.numbers[k], dtype=k) for k in ("f4", "f8", "u4"))
-    source = _source(trace, loaded, results, kind)
-    return Loop(source, numbers, tuple(dtypes), tuple(r.dtype for r in results))
-
-
-def _load(trace: _Trace, array: str, dtype: "np.dtype[Any]") -> str:
-    t = _type(dtype)
-    place = trace.emit(f"getelementptr {t}, ptr {array}, i64 %i", dtype)
-    return trace.emit(f"load {t}, ptr {place.name}", dtype).name
-
-
-# -- the text of a loop ----------------------------------------------------------------------------
-
-
-def _source(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol], kind: str) -> str:
-    """A function of (elements, those of a row, number of the first, its high part, places in memory)."""
-    places = ["f4", "f8", "u4", *(f"x{i}" for i in range(len(loaded)))]
-    places += [*(f"out{i}" for i in range(len(results))), "largest"]
-    arguments = ", ".join(f"ptr noalias %{name}" for name in places)
-    lines = [
-        f"define void @loop(i64 %n, i64 %cols, i32 %first, i32 %high, {arguments}) {{",
-        "entry:",
-    ]
-    for k, known in trace.numbers.items():
-        t = _TYPES[k]
-        for i in range(len(known)):
-            lines += [f"%{k}_at_{i} = getelementptr {t}, ptr %{k}, i64 {i}"]
-            lines += [f"%{k}_{i} = load {t}, ptr %{k}_at_{i}"]
-    body = {"store": _store_body, "sum": _sum_body, "rows": _row_body, "count": _count_body}
-    lines += [*body[kind](trace, loaded, results), "done:", "ret void", "}"]
-    return "\n".join([*lines, *_DECLARATIONS, ""])
-
-
-def _store_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
-    """All elements in turn; on the way, the largest magnitudes of what is loaded and stored."""
-    lines, phis, ends = list(trace.lines), [], []
-    for i, result in enumerate(results):
-        lines += _store(f"%o{i}", _typed(result), f"%out{i}", "%i")
-    for i, symbol in enumerate([*loaded, *results]):
-        bits = 8 * symbol.dtype.itemsize
-        t, name = f"i{bits}", symbol.name
-        if symbol.dtype.kind == "f":
-            lines += [f"%bits{i} = bitcast {_typed(symbol)} to {t}"]
-            name = f"%bits{i}"
-        lines += [f"%magnitude{i} = and {t} {name}, {(1 << bits - 1) - 1}"]
-        lines += [f"%now{i} = call {t} @llvm.umax.{t}({t} %before{i}, {t} %magnitude{i})"]
-        phis += [f"%before{i} = phi {t} [ 0, %entry ], [ %now{i}, %loop ]"]
-        ends += [f"%wide{i} = zext {t} %now{i} to i64"] if bits < 64 else []
-        value = f"i64 %wide{i}" if bits < 64 else f"i64 %now{i}"
-        ends += _store(f"%l{i}", value, "%largest", str(i))
-    return [
-        *_counting("loop", "%i", "%n", phis),
-        *lines,
-        *_again("loop", "%i", "%n", "after"),
-        "after:",
-        *ends,
-        "br label %done",
-    ]
-
-
-def _sum_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
-    """LANES elements at a time, each added to its lane."""
-    lanes = [f"%out{i}" for i in range(len(results))]
-    return _in_parts(LANES, _to_lanes(trace, results, lanes), [])
-
-
-def _to_lanes(trace: _Trace, results: Sequence[Symbol], lanes: Sequence[str]) -> list[str]:
-    """Element %j of a part, added to number %j of `lanes` (float64 arrays)."""
-    lines = ["%i = add i64 %start, %j", *trace.lines]
-    for i, (result, array) in enumerate(zip(results, lanes, strict=True)):
-        if result.dtype != np.float64:
-            raise UntraceableError(f"sums of type {result.dtype}")
-        lines += _plus(f"%sum{i}", array, "%j", result.name)
-    return lines
-
-
-def _row_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
-    """ROW_LANES elements of a row at a time, each added to its lane; then the lanes are halved."""
-    lanes = [f"%lanes{i}" for i in range(len(results))]
-    row = "%row = phi i64 [ 0, %entry ], [ %row_next, %summed ]"
-    place = ("%at", "new_row")
-    totals: list[str] = []
-    for i, array in enumerate(lanes):
-        totals += [f"%total{i} = load double, ptr {array}"]
-        totals += _store(f"%o{i}", f"double %total{i}", f"%out{i}", "%row")
-    return [
-        *(f"{array} = alloca double, i64 {ROW_LANES}" for array in lanes),
-        f"%narrow = icmp slt i64 %cols, {ROW_LANES}",
-        f"%width = select i1 %narrow, i64 %cols, i64 {ROW_LANES}",
-        *_counting("new_row", "%at", "%n", [row], "summed"),
-        *(f"store [{ROW_LANES} x double] zeroinitializer, ptr {array}" for array in lanes),
-        "%end = add i64 %at, %cols",
-        "br label %part",
-        *_parts(ROW_LANES, _to_lanes(trace, results, lanes), [], place, "%end", "halve"),
-        *_halved(lanes),
-        "summed:",
-        *totals,
-        "%row_next = add i64 %row, 1",
-        "%at_next = add i64 %at, %cols",
-        "%at_more = icmp slt i64 %at_next, %n",
-        "br i1 %at_more, label %new_row, label %done",
-    ]
-
-
-def _halved(lanes: Sequence[str]) -> list[str]:
-    """The first %width lanes added up into number 0, from block part_done on to block summed."""
-    lines = ["%other = add i64 %k, %half"]
-    for i, array in enumerate(lanes):
-        lines += [f"%q{i} = getelementptr double, ptr {array}, i64 %other"]
-        lines += [f"%right{i} = load double, ptr %q{i}"]
-        lines += _plus(f"%left{i}", array, "%k", f"%right{i}")
-    return [
-        "halve:",
-        "%alive = phi i64 [ %width, %part_done ], [ %half, %halved ]",
-        "%rounded = add i64 %alive, 1",
-        "%half = lshr i64 %rounded, 1",
-        "%pairs = sub i64 %alive, %half",
-        "%k_some = icmp sgt i64 %alive, 1",
-        "br i1 %k_some, label %pair, label %summed",
-        "pair:",
-        "%k = phi i64 [ 0, %halve ], [ %k_next, %pair ]",
-        *lines,
-        *_again("pair", "%k", "%pairs", "halved"),
-        "halved:",
-        "br label %halve",
-    ]
-
-
-def _plus(name: str, array: str, at: str, value: str) -> list[str]:
-    """`value` added to a place of a float64 array."""
-    return [
-        f"{name}_at = getelementptr double, ptr {array}, i64 {at}",
-        f"{name} = load double, ptr {name}_at",
-        f"{name}_more = fadd double {name}, {value}",
-        f"store double {name}_more, ptr {name}_at",
-    ]
-
-
-def _count_body(trace: _Trace, loaded: Sequence[Symbol], results: Sequence[Symbol]) -> list[str]:
-    """CHUNK elements at a time: their bins, then one more in each bin."""
-    lines = ["%i = add i64 %start, %j", *trace.lines]
-    counts: list[str] = []
-    room = [f"%bins{i} = alloca i32, i64 {CHUNK}" for i in range(len(results))]
-    for i, result in enumerate(results):
-        if result.dtype != np.uint32:
-            raise UntraceableError(f"bins of type {result.dtype}")
-        lines += _store(f"%b{i}", _typed(result), f"%bins{i}", "%j")
-        counts += [
-            f"br label %count{i}",
-            f"count{i}:",
-            f"%k{i} = phi i64 [ 0, %{f'counted{i - 1}' if i else 'filled'} ], [ %k{i}_next, %next{i} ]",
-            f"%q{i} = getelementptr i32, ptr %bins{i}, i64 %k{i}",
-            f"%bin{i} = load i32, ptr %q{i}",
-            f"%known{i} = icmp ult i32 %bin{i}, {BINS}",
-            f"br i1 %known{i}, label %add{i}, label %next{i}",
-            f"add{i}:",
-            f"%place{i} = zext i32 %bin{i} to i64",
-            f"%c{i} = getelementptr i64, ptr %out{i}, i64 %place{i}",
-            f"%seen{i} = load i64, ptr %c{i}",
-            f"%one_more{i} = add i64 %seen{i}, 1",
-            f"store i64 %one_more{i}, ptr %c{i}",
-            f"br label %next{i}",
-            f"next{i}:",
-            *_again(f"count{i}", f"%k{i}", "%count", f"counted{i}"),
-            f"counted{i}:",
-        ]
-    return [*room, *_in_parts(CHUNK, lines, counts)]
-
-
-def _in_parts(size: int, lines: Sequence[str], then: Sequence[str]) -> list[str]:
-    """_parts of all elements."""
-    return [
-        "%start_some = icmp sgt i64 %n, 0",
-        "br i1 %start_some, label %part, label %done",
-        *_parts(size, lines, then, ("0", "entry"), "%n", "done"),
-    ]
-
-
-def _parts(
-    size: int,
-    lines: Sequence[str],
-    then: Sequence[str],
-    first: tuple[str, str],
-    end: str,
-    done: str,
-) -> list[str]:
-    """`lines` for %j below %count, the elements of a part from %start on; `then` after each part.
-
-    From block part on, entered from block first[1], for the elements from first[0] to `end`; then `done`.
-    """
-    return [
-        "part:",
-        f"%start = phi i64 [ {first[0]}, %{first[1]} ], [ %start_next, %part_done ]",
-        f"%left = sub i64 {end}, %start",
-        f"%short = icmp slt i64 %left, {size}",
-        f"%count = select i1 %short, i64 %left, i64 {size}",
-        "br label %inner",
-        "inner:",
-        "%j = phi i64 [ 0, %part ], [ %j_next, %inner ]",
-        *lines,
-        *_again("inner", "%j", "%count", "filled"),
-        "filled:",
-        *then,
-        "br label %part_done",
-        "part_done:",
-        f"%start_next = add i64 %start, {size}",
-        f"%start_more = icmp slt i64 %start_next, {end}",
-        f"br i1 %start_more, label %part, label %{done}",
-    ]
-
-
-def _counting(label: str, name: str, end: str, phis: Sequence[str], back: str = "") -> list[str]:
-    """The head of a loop with a counter; nothing is done where there is nothing to count."""
-    return [
-        f"{name}_some = icmp sgt i64 {end}, 0",
-        f"br i1 {name}_some, label %{label}, label %done",
-        f"{label}:",
-        f"{name} = phi i64 [ 0, %entry ], [ {name}_next, %{back or label} ]",
-        *phis,
-    ]
-
-
-def _again(label: str, name: str, end: str, after: str) -> list[str]:
-    return [
-        f"{name}_next = add i64 {name}, 1",
-        f"{name}_more = icmp slt i64 {name}_next, {end}",
-        f"br i1 {name}_more, label %{label}, label %{after}",
-    ]
-
-
-def _store(name: str, value: str, array: str, at: str) -> list[str]:
-    """`value` ("type name") at its place of an array."""
-    t = value.split()[0]
-    return [f"{name} = getelementptr {t}, ptr {array}, i64 {at}", f"store {value}, ptr {name}"]
-
-
-# -- compiling -------------------------------------------------------------------------------------
-
-_compiling = threading.Lock()
-_loops: dict[str, Callable[..., None]] = {}
-_engines: list[Any] = []  # they own the machine code
-
-
-def available() -> bool:
-    """Whether loops can be compiled here."""
-    return importlib.util.find_spec("llvmlite") is not None
-
-
-def compiled(source: str, places: int) -> Callable[..., None]:
-    """The loop of `source` as machine code that takes so many places in memory; once per process."""
-    found = _loops.get(source)
-    if found is not None:
-        return found
-    with _compiling:
-        if source not in _loops:
-            try:
-                _loops[source] = _compile(source, places)
-            except (ImportError, OSError, RuntimeError) as error:
-                raise UntraceableError(f"LLVM cannot compile the loop: {error}") from error
-    return _loops[source]
-
-
-def _compile(source: str, places: int) -> Callable[..., None]:
-    from llvmlite import binding
-
-    if not _engines:
-        binding.initialize_native_target()
-        binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=_features(), opt=3
+    wanted = _RESULTS.get(kind)
+    if wanted and any(result.dtype != wanted for result in results):
+        raise UntraceableError(f"a {kind} of {', '.join(str(r.dtype) for r in results)}")
+    source = text(
+        kind,
+        [(k, _TYPES[k], len(known)) for k, known in trace.numbers.items()],
+        len(dtypes),
+        [
+            line
+            for s in rows
+            for line in load(s.name, _type(s.dtype), s.name.removesuffix("_of_row"), "%row")
+        ],
+        trace.lines,
+        [_value(symbol) for symbol in (*loaded, *(results if kind == "store" else ()))],
+        [_value(result) for result in results],
     )
-    module = binding.parse_assembly(source)
-    module.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = options.loop_interleaving = options.loop_unrolling = True
-    builder = binding.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    _engines.append(engine)
-    numbers = (ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32)
-    of = ctypes.CFUNCTYPE(None, *numbers, *[ctypes.c_void_p] * places)
-    return of(engine.get_function_address("loop"))
+    numbers = tuple(np.array(trace.numbers[k], dtype=k) for k in ("f4", "f8", "u4"))
+    return Loop(source, kind, numbers, tuple(dtypes), tuple(r.dtype for r in results), by_row)
 
 
-def _features() -> str:
-    """What this processor can do. Registers of 512 bits are used where it has them; LLVM takes halves of
-    them, with which arcee_fusion takes 7.0 ns a value, not 5.3."""
-    from llvmlite import binding
+_RESULTS = {"sum": np.float64, "rows": np.float64, "count": np.uint32}
 
-    found = binding.get_host_cpu_features()
-    whole = ",-prefer-256-bit" if found.get("avx512f") else ""
-    return f"{found.flatten()}{whole}"
+
+def _value(symbol: Symbol) -> Value:
+    return Value(_type(symbol.dtype), symbol.name)

@@ -112,13 +112,6 @@ def largest_magnitude(values: Raw) -> int:
     return max(int(positive), int(negative) - (1 << 8 * size - 1))
 
 
-def folded(lanes: NDArray[np.float64]) -> float:
-    """Sum of 2**k numbers by halving: an order that no machine changes."""
-    while lanes.size > 1:
-        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
-    return float(lanes[0])
-
-
 def vectors(values: Raw) -> Raw:
     """What a row-wise method takes as its vectors, one a row: the rows of a matrix; the values of a
     single column (so the engine sees a tensor [n]) are one vector."""
@@ -126,7 +119,7 @@ def vectors(values: Raw) -> Raw:
 
 
 def row_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum of each row, by halving as `folded` does; the odd one out waits for the next round."""
+    """Sum of each row by halving, an order that no machine changes; the odd one out waits a round."""
     while values.shape[1] > 1:
         half = (values.shape[1] + 1) // 2
         left = values[:, :half].copy()

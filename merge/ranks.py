@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.fuse import UntraceableError, compiled
+from merge.machine import UncompiledError, compiled
 from merge.numerics import Array, vectors
 
 DIGIT = 11  # bits; three digits hold the 31 of a magnitude
@@ -57,7 +57,7 @@ def _by_numpy(rows: Array) -> NDArray[np.float64]:
 def _made() -> Callable[..., None] | None:
     try:
         run = compiled(_source(), 5)
-    except UntraceableError as error:
+    except UncompiledError as error:
         _log.warning("ranking without a compiled sort: %s", str(error).splitlines()[0])
         return None
     sample = np.resize(

@@ -5,14 +5,16 @@ its own inputs, to the bit as if it had been written and read again. What its me
 whole tensor first is found out once, by a pass of its own.
 """
 
+import functools
+import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from merge.finite import check_grain, check_input
-from merge.formula import Formula, Grain, Merging
+from merge.formula import Formula, Grains, Merging
 from merge.methods import Passes, Request, Statistic, Sums
 from merge.numerics import (
     STORAGE,
@@ -81,15 +83,14 @@ class Reader:
     def _merge(self, step: Step, first: int, end: int, out: memoryview) -> None:
         made = self._of(step)
         merging = made.merging(self)
-        size = step.nbytes // max(1, step.rows)
+        merged = np.frombuffer(out, STORAGE[step.dtype]).reshape(end - first, step.cols)
         for a, b in grains(step.shape, first, end):
             grain = self.grain(step, a, b)
-            rows, finite = merging(grain, None)
-            if not finite and not made.formula.allow_nonfinite:
+            rows = merged[a - first : b - first]
+            if not merging(grain, rows) and not made.formula.allow_nonfinite:
                 check_grain(self.plan, step, grain[0], rows, a)
-            out[(a - first) * size : (b - first) * size] = rows.reshape(-1).view(np.uint8).data
 
-    def grain(self, step: Step, first: int, end: int) -> Grain:
+    def grain(self, step: Step, first: int, end: int) -> Grains:
         """Rows of all inputs of a step within a step."""
         return [self.rows(operand, first, end) for operand in step.inputs], first * step.cols
 
@@ -120,9 +121,10 @@ class _Made:
             return self._merging
 
     def _over_all(self, reader: Reader, request: Request) -> Statistic:
-        return reduced(request, self.formula.measuring(request)(self._grains(reader)))
+        measuring = self.formula.measuring(request)
+        return reduced(request, (p for grain in self._grains(reader) for p in measuring(grain)[0]))
 
-    def _grains(self, reader: Reader) -> Iterator[Grain]:
+    def _grains(self, reader: Reader) -> Iterator[Grains]:
         step = self.formula.step
         for a, b in grains(step.shape):
             grain = reader.grain(step, a, b)
@@ -142,13 +144,10 @@ def driven(passes: Passes, measured: Callable[[Request], Statistic]) -> Any:
         return stop.value
 
 
-def reduced(request: Request, parts: Sequence[Statistic]) -> Statistic:
-    """What `request` asks of the whole tensor: the sum of `parts`, or all rows; in the order of grains."""
-    if isinstance(request, Sums) and request.by_row:
-        return np.concatenate(parts, axis=1)
-    if parts[0].dtype.kind not in "iu":
-        return pairwise(parts)
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total += part
-    return total
+def reduced(request: Request, parts: Iterable[Statistic]) -> Statistic:
+    """What `request` asks of the whole tensor: the sum of `parts`, or all rows; in the order of grains.
+    Integers are added as they come."""
+    if isinstance(request, Sums) and not request.by_column:
+        found = list(parts)
+        return np.concatenate(found, axis=1) if request.by_row else pairwise(found)
+    return functools.reduce(operator.iadd, parts)

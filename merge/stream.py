@@ -1,4 +1,4 @@
-"""The only loop over blocks: reads the inputs of a step, merges them grain by grain, hands on the rows.
+"""The only loop over blocks: reads the inputs of a step, merges them, hands on the rows.
 
 Whatever a thread does lies between two calls of numpy or the operating system that release the
 interpreter, so that plain threads use all cores. A step whose method knows the whole tensor first
@@ -15,7 +15,7 @@ import numpy as np
 
 from merge.budget import Budget, aligned, block_rows, held_bytes
 from merge.finite import check_grain, check_input
-from merge.formula import Formula, Grain, Merging
+from merge.formula import Formula, Measuring, Merging
 from merge.methods import Passes, Request, Statistic
 from merge.numerics import (
     STORAGE,
@@ -29,7 +29,6 @@ from merge.reader import Reader, driven, reduced
 
 Block = tuple[int, int]  # first row, end row; whole grains
 InPlace = Callable[[Step, int, int], Raw | None]
-Measuring = Callable[[Iterable[Grain]], list[Statistic]]
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,8 @@ class Memory(Protocol):
 
 
 class Writer(Protocol):
-    def write(
-        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
-    ) -> None: ...
+    def write(self, step: Step, first_row: int, rows: Raw, digests: Sequence[bytes]) -> None:
+        """Takes rows of whole grains, and the digest of each grain where there is one."""
 
     def finished(self, step: Step, digests: StepDigests) -> None: ...
 
@@ -130,15 +128,15 @@ class _Job:
     rows: int
     in_place: InPlace | None = None
     memory: Memory | None = None
-    was_read: bool = False  # every block was read (and checked, digested) once
+    was_read: bool = False  # every block was read (and digested) once
+    was_checked: bool = False  # and nothing in them is NaN or infinity, or it may be
     held: list[Raw] | None = None
     output_digests: dict[int, bytes] = field(default_factory=dict)
     input_digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._known = self.memory.known(self.step) if self.memory else None
-        # a grain that was read is merged at once, and checked together with what it gives
-        self.merges_as_it_reads = self.formula.merges_as_it_reads or self._known is not None
+        self.was_checked = self.formula.allow_nonfinite
 
     @property
     def blocks(self) -> list[Block]:
@@ -153,7 +151,7 @@ class _Job:
         """What they find out, or is known of them."""
         if passes is None:
             return self._known
-        stats = driven(passes, measured)
+        stats = driven(passes, lambda request: self._checked(measured(request)))
         if self.memory:
             self.memory.keep(self.step, stats)
         return stats
@@ -172,46 +170,51 @@ class _Job:
         stats = self.found_out(self.passes(), self._over_one_block)
         self.emit(self.blocks[0], self.merging(stats), _Countdown(1, lambda: None))
 
+    def _checked(self, statistic: Statistic) -> Statistic:
+        """`statistic`, after a pass that saw all blocks."""
+        self.was_checked = True
+        return statistic
+
     def _over_one_block(self, request: Request) -> Statistic:
         return reduced(request, self.measured(self.blocks[0], self.formula.measuring(request)))
 
     def measured(self, block: Block, measuring: Measuring) -> list[Statistic]:
         """The statistics of a block: one for each grain, or one for all."""
         inputs = self._fetch(block)
-        return measuring(
-            self._of_grain(inputs, block, a, b) for a, b in grains(self.step.shape, *block)
-        )
+        found, finite = measuring((inputs, block[0] * self.step.cols))
+        if not finite and not self.was_checked:
+            for index, rows in enumerate(inputs):
+                check_input(self.reader.plan, self.step, index, rows, block[0])
+        return found
 
     def emit(self, block: Block, merging: Merging | None, remaining: "_Countdown") -> None:
         """Merges a block (merging None: copies it) and writes it; the last one completes the step."""
-        inputs = self._fetch(block)
-        out: list[Raw] = []
+        inputs, (first, end) = self._fetch(block), block
+        rows = into = self.in_place(self.step, first, end) if self.in_place else None
+        if merging is None:
+            rows = inputs[0]
+        elif rows is None:
+            rows = np.empty((end - first, self.step.cols), STORAGE[self.step.dtype])
+        assert rows is not None
+        if merging and not merging((inputs, first * self.step.cols), rows):
+            self._check_result(inputs, rows, first)
         digests: list[bytes] = []
-        for a, b in grains(self.step.shape, *block):
-            grain = self._of_grain(inputs, block, a, b)
-            into = self.in_place(self.step, a, b) if self.in_place else None
-            rows, finite = merging(grain, into) if merging else (grain[0][0], True)
-            if not finite and not self.formula.allow_nonfinite:
-                unseen = grain[0] if self.merges_as_it_reads else ()
-                check_grain(self.reader.plan, self.step, unseen, rows, a)
-            self.progress(rows.nbytes)
-            if self.in_place:
-                if rows is not into:
-                    self.writer.write(self.step, a, [rows], [])
-                continue
-            # what is copied has the digest that it had as an input
-            digests.append(grain_digest(rows) if merging else self.input_digests[0, a])
-            self.output_digests[a] = digests[-1]
-            out.append(rows)
-        if out:
-            self.writer.write(self.step, block[0], out, digests)
+        if not self.in_place:
+            for a, b in grains(self.step.shape, *block):
+                # what is copied has the digest that it had as an input
+                copied = None if merging else self.input_digests[0, a]
+                digests.append(copied or grain_digest(rows[a - first : b - first]))
+                self.output_digests[a] = digests[-1]
+        self.progress(rows.nbytes)
+        if rows.size and rows is not into:
+            self.writer.write(self.step, first, rows, digests)
         if remaining.last():
             self.writer.finished(self.step, self._digests())
 
-    def _of_grain(self, inputs: Sequence[Raw], block: Block, first: int, end: int) -> Grain:
-        """The rows of one grain of every input, and the number of its first element."""
-        rows = [raw[first - block[0] : end - block[0]] for raw in inputs]
-        return rows, first * self.step.cols
+    def _check_result(self, inputs: Sequence[Raw], rows: Raw, first: int) -> None:
+        if not self.formula.allow_nonfinite:
+            unseen = () if self.was_checked else inputs
+            check_grain(self.reader.plan, self.step, unseen, rows, first)
 
     def _fetch(self, block: Block) -> list[Raw]:
         """The stored rows of all inputs; digested the first time."""
@@ -228,12 +231,10 @@ class _Job:
             else:
                 rows = buffers[index] = mapped
             if not self.was_read:
-                for a, b in grains(self.step.shape, *block):
-                    grain = rows[a - first : b - first]
-                    if not (self.merges_as_it_reads or self.formula.allow_nonfinite):
-                        check_input(self.reader.plan, self.step, index, grain, a)
-                    if not self.in_place:
-                        self.input_digests[index, a] = grain_digest(grain)
+                if self.step.copy and not self.formula.allow_nonfinite:
+                    check_input(self.reader.plan, self.step, index, rows, first)
+                for a, b in () if self.in_place else grains(self.step.shape, *block):
+                    self.input_digests[index, a] = grain_digest(rows[a - first : b - first])
                 self.progress(rows.nbytes)
         return buffers
 

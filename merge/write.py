@@ -126,18 +126,16 @@ class PartialFolder:
         """The steps that no journal line tells of."""
         return (step for step in self.plan.steps if step.name not in self.digests)
 
-    def write(
-        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
-    ) -> None:
-        """Puts consecutive grains of a step's tensor in their place and reads them back from there.
+    def write(self, step: Step, first_row: int, rows: Raw, digests: Sequence[bytes]) -> None:
+        """Puts whole grains of a step's tensor in their place and reads them back from there.
 
         digests: one of each grain; VerifyError where the file holds something else.
         """
         file, start = self._places[step.name]
         position = start + first_row * (step.nbytes // max(1, step.rows))
-        buffers = [part.reshape(-1).view("u1").data for part in rows]
         with writing(self.model / file):
-            write_at(self._descriptors[file], buffers, position, uncached=True)
+            stored = rows.reshape(-1).view("u1").data
+            write_at(self._descriptors[file], [stored], position, uncached=True)
         check_stored(self.model, step.name, self._place(step), first_row, digests)
 
     def _place(self, step: Step) -> Place:

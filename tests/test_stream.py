@@ -94,10 +94,10 @@ def test_a_distrusted_loop_stays_distrusted() -> None:
     values = np.ones((2, 3), np.float32)
     wrong = traced(lambda x, i, h: [np.abs(x[0]) * 4.25], [values.dtype], "store")
     function = _GrainFunction(lambda raws, _: [raws[0] * 4.25], "store", wrong, True)
-    assert function((([-values]), 0))[0][0, 0] == -4.25
-    assert function((([values]), 0))[0][0, 0] == 4.25
+    assert function((([-values]), 0))[0][0][0, 0] == -4.25
+    assert function((([values]), 0))[0][0][0, 0] == 4.25
     assert _trusted[wrong.source] is False
-    assert function((([-values]), 0))[0][0, 0] == -4.25
+    assert function((([-values]), 0))[0][0][0, 0] == -4.25
 
 
 def test_a_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:

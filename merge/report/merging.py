@@ -25,7 +25,7 @@ from merge.budget import (
 )
 from merge.errors import PlanError
 from merge.finite import check_input
-from merge.formula import Formula, Grain
+from merge.formula import Formula, Grains
 from merge.methods import Models, Request, Sums
 from merge.numerics import FLOATS, grain_rows, grains
 from merge.plan import Plan, Step
@@ -122,11 +122,12 @@ def _summed(reader: Reader, step: Step, fuse: bool, progress: Callable[[int], No
     plain = replace(step, operands=step.inputs, base=None, parameters={})
     request: Request = Sums(lambda x: _terms(x, with_base))
     measure = Formula(plain, fuse, allow_nonfinite=True).measuring(request)
-    found: list[float] = reduced(request, measure(_grains(reader, plain, progress))).tolist()
+    parts = [part for grain in _grains(reader, plain, progress) for part in measure(grain)[0]]
+    found: list[float] = reduced(request, parts).tolist()
     return found
 
 
-def _grains(reader: Reader, step: Step, progress: Callable[[int], None]) -> Iterator[Grain]:
+def _grains(reader: Reader, step: Step, progress: Callable[[int], None]) -> Iterator[Grains]:
     for first, end in grains(step.shape):
         grain = reader.grain(step, first, end)
         for index, rows in enumerate(grain[0]):

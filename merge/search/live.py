@@ -19,7 +19,7 @@ from merge.anatomy import matched
 from merge.budget import Budget
 from merge.carry import carried
 from merge.errors import ScoreError
-from merge.numerics import STORAGE, Raw, to_float32
+from merge.numerics import STORAGE, Raw, grains, to_float32
 from merge.plan import Plan, Step
 from merge.search.measured import Measured, stored_inputs
 from merge.stream import StepDigests, run
@@ -53,24 +53,21 @@ class LiveModel:
             return None
         return memory[1][first:end]
 
-    def write(
-        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
-    ) -> None:
-        """The engine's rows, put into the parameter of that name."""
+    def write(self, step: Step, first_row: int, rows: Raw, digests: Sequence[bytes]) -> None:
+        """The engine's rows, put into the parameter of that name; grain by grain, as they are widened."""
         import torch
 
-        memory, at = self._memory[step.name], first_row
-        for block in rows:
-            there = slice(at, at + len(block))
+        memory = self._memory[step.name]
+        for a, b in grains(step.shape, first_row, first_row + len(rows)):
+            grain = rows[a - first_row : b - first_row]
             # by numpy where it can: torch's threads would wait for one another in each of the engine's
             if memory and memory[0] == step.dtype:
-                memory[1][there] = block
+                memory[1][a:b] = grain
             elif memory and memory[0] == "F32":
-                memory[1][there] = to_float32(block, step.dtype)
+                memory[1][a:b] = to_float32(grain, step.dtype)
             else:
-                stored = torch.from_numpy(block.view(SIGNED[block.dtype.itemsize]))
-                self.parameters[step.name][there].copy_(stored.view(_torch(step.dtype)))
-            at += len(block)
+                stored = torch.from_numpy(grain.view(SIGNED[grain.dtype.itemsize]))
+                self.parameters[step.name][a:b].copy_(stored.view(_torch(step.dtype)))
 
     def finished(self, step: Step, digests: StepDigests) -> None:
         """Nothing: what is in memory is lost with the process."""

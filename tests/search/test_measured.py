@@ -37,15 +37,11 @@ class Rows:
     def place(self, step: Step, first: int, end: int) -> None:
         return None
 
-    def write(
-        self, step: Step, first_row: int, rows: Sequence[Raw], digests: Sequence[bytes]
-    ) -> None:
+    def write(self, step: Step, first_row: int, rows: Raw, digests: Sequence[bytes]) -> None:
         whole = self.found.setdefault(
             step.name, np.full((step.rows, step.cols), np.nan, np.float32)
         )
-        for block in rows:
-            whole[first_row : first_row + len(block)] = to_float32(block, step.dtype)
-            first_row += len(block)
+        whole[first_row : first_row + len(rows)] = to_float32(rows, step.dtype)
 
     def finished(self, step: Step, digests: StepDigests) -> None: ...
 
