@@ -198,10 +198,10 @@ def _part_bytes(plan: Plan, part: Operand, rows: int) -> int:
 
 def _beside_loops(steps: Sequence[Step]) -> int:
     """float32 grains around a compiled loop: inputs that it cannot widen, an output it cannot round,
-    numbers of rows repeated along them, ranks and the room to sort them."""
+    ranks and the room to sort them."""
     found = 0
     for step in steps:
-        extra = sum(o.info.dtype == "F16" for o in step.inputs) + _knows_rows(step)
+        extra = sum(o.info.dtype == "F16" for o in step.inputs)
         extra += step.dtype not in ("BF16", "F32")
         if "ranks" in step.method.takes:
             extra += 2 * len(step.operands) + (7 if step.cols == 1 else 3)

@@ -6,9 +6,10 @@ interpreter, so that plain threads use all cores. A step whose method knows the 
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -336,43 +337,74 @@ class _Slots:
 
 
 class _Crew:
-    """Threads that take tasks in order; the first error stops the taking and is raised at the next call."""
+    """Threads that take tasks in order, those of `map` before others; the first error stops the taking and
+    is raised at the next call."""
 
     def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="merge")
+        self._first: deque[Callable[[], None]] = deque()
+        self._rest: deque[Callable[[], None]] = deque()
+        self._queues = threading.Condition()
         self._room = threading.Semaphore(4 * threads)
+        self._closing = False
         self._error: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=self._work, name=f"merge_{i}") for i in range(threads)
+        ]
 
     def __enter__(self) -> "_Crew":
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._error = self._error or error
-        self._pool.shutdown(wait=True, cancel_futures=self._error is not None)
+        with self._queues:
+            self._closing = True
+            self._queues.notify_all()
+        for thread in self._threads:
+            thread.join()
         if self._error is not None and self._error is not error:
             raise self._error
 
-    def submit(self, task: Callable[..., Any], *arguments: Any) -> "Future[None]":
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> None:
+        """Waits while many tasks wait."""
         self._room.acquire()
-        if self._error is not None:
-            self._room.release()
+        self._put(self._rest, partial(self._guarded, task, *arguments, then=self._room.release))
         self.check()
-        return self._pool.submit(self._guarded, task, *arguments)
 
     def map(self, task: Callable[[Block], None], blocks: Sequence[Block]) -> None:
-        for future in [self.submit(task, block) for block in blocks]:
-            future.result()
+        """All of them, when it returns."""
+        done = threading.Semaphore(0)
+        for block in blocks:
+            self._put(self._first, partial(self._guarded, task, block, then=done.release))
+        for _ in blocks:
+            done.acquire()
         self.check()
 
     def check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _guarded(self, task: Callable[..., Any], *arguments: Any) -> None:
+    def _put(self, queue: "deque[Callable[[], None]]", task: Callable[[], None]) -> None:
+        with self._queues:
+            queue.append(task)
+            self._queues.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._queues:
+                while not (self._first or self._rest or self._closing):
+                    self._queues.wait()
+                if not (self._first or self._rest):
+                    return
+                task = (self._first or self._rest).popleft()
+            task()
+
+    def _guarded(self, task: Callable[..., Any], *arguments: Any, then: Callable[[], None]) -> None:
         try:
             if self._error is None:
                 task(*arguments)
         except BaseException as error:
             self._error = self._error or error
         finally:
-            self._room.release()
+            then()

@@ -155,15 +155,50 @@ def test_a_loop_that_does_not_compile_is_not_used(caplog: pytest.LogCaptureFixtu
     assert "without compiled loops" in caplog.text
 
 
+RESULTS: dict[str, Callable[[Any], Any]] = {
+    "store": lambda x: x * 0.5,
+    "sum": lambda x: x.astype(np.float64),
+    "rows": lambda x: x.astype(np.float64),
+    "count": lambda x: x.view(np.uint32),
+}
+
+
+@pytest.mark.parametrize("kind", RESULTS)
 @pytest.mark.parametrize("value", [0.0, -2.5, np.inf, -np.inf, np.nan])
-def test_a_storing_loop_tells_the_largest_magnitude_of_inputs_and_results(value: float) -> None:
+def test_a_loop_tells_the_largest_magnitude_of_inputs_and_of_what_it_stores(
+    value: float, kind: str
+) -> None:
     x = np.full(77, 0.5, np.float32)
     y = x.copy()
     y[70] = value
-    loop = traced(lambda v, index, high: [v[0] * 0.5], [x.dtype, x.dtype], "store")
-    largest = loop.run(0, [x, y], [np.empty_like(x)], x.size)
-    expected = [np.abs(a).view(np.uint32).max() for a in (x, y, x * np.float32(0.5))]
-    assert largest.tolist() == expected
+    loop = traced(lambda v, index, high: [RESULTS[kind](v[0])], [x.dtype, x.dtype], kind)
+    for cols in (1, 7, 77):
+        largest = loop.run(0, [x, y], loop.room(77, cols), cols)
+        seen = [x, y, *([x * np.float32(0.5)] if kind == "store" else [])]
+        assert largest.tolist() == [np.abs(a).view(np.uint32).max() for a in seen]
+
+
+@pytest.mark.parametrize("kind", ["store", "count"])
+@pytest.mark.parametrize("shape", [(3850, 1), (770, 5), (50, 77), (1, 3850)])
+def test_numbers_of_rows_are_numpys_repeated_along_them(kind: str, shape: tuple[int, int]) -> None:
+    numbers = RNG.standard_normal((shape[0], 1), dtype=np.float32)
+
+    def scaled(x: Sequence[Any], *_: Any) -> list[Any]:
+        return [(x[0] * x[1]).view(np.uint32) >> 8 if kind == "count" else x[0] * x[1]]
+
+    loop = traced(scaled, [A.dtype, numbers.dtype], kind, by_row=1)
+    found = _run_loop(loop, kind, [A.reshape(shape), numbers], 0)[0]
+    with np.errstate(over="ignore"):
+        expected = _REDUCED[kind](scaled([A.reshape(shape), numbers])[0])
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_grains_at_once_have_the_sums_that_each_has_alone() -> None:
+    x = RNG.standard_normal((5, 200_000), dtype=np.float32)  # a row is a grain
+    loop = traced(lambda v, index, high: [v[0].astype(np.float64)], [x.dtype], "sum")
+    (at_once,) = _run_loop(loop, "sum", [x], 0)
+    for i in range(5):
+        assert at_once[i].tobytes() == _run_loop(loop, "sum", [x[i : i + 1]], 0)[0].tobytes()
 
 
 def test_sums_of_anything_but_float64_are_refused() -> None:

@@ -1,5 +1,7 @@
 """The loop over blocks at its edges: empty tensors, values that are not finite, errors in threads."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from merge.errors import NonFiniteError
 from merge.formula import _GrainFunction, _trusted
 from merge.fuse import traced
 from merge.pipeline import run_recipe
+from merge.stream import _Crew
 
 NAMES = ("model.a.weight", "model.b.weight")
 
@@ -73,6 +76,35 @@ def test_a_bad_value_is_found_in_any_grain(
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["compiled", "numpy"])
+@pytest.mark.parametrize("method", ["ties", "model_stock", "arcee_fusion", "slerp"])
+@pytest.mark.parametrize("rows", [1, 24], ids=["one block", "blocks"])
+def test_a_statistics_pass_sees_a_bad_value(
+    rows: int, method: str, fuse: bool, tmp_path: Path
+) -> None:
+    good = np.ones((rows, 1 << 18), np.float32)  # a row is a grain
+    good[:, ::3] = -0.5
+    spoilt = good.copy()
+    spoilt[rows - 1, 5] = np.nan
+    for name, value in (("base", good), ("a", good * 2), ("b", spoilt)):
+        write_model(tmp_path / name, {NAMES[0]: ("BF16", stored(value, "BF16"))})
+    own = {
+        "ties": {"a": {"weight": 1.0}, "b": {"weight": 0.5}},
+        "model_stock": {"a": None, "b": None},
+    }.get(method, {"b": None})
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        models=own,
+        base_model="base",
+        merge_method=method,
+        parameters={"ties": {"density": 0.5}, "slerp": {"t": 0.5}}.get(method, {}),
+    )
+    with pytest.raises(
+        NonFiniteError, match=rf"b: tensor '{NAMES[0]}' holds nan at \[{rows - 1}, 5\]"
+    ):
+        run_recipe(recipe, tmp_path / "out", fuse=fuse)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["compiled", "numpy"])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_an_overflow_is_found_in_any_grain(dtype: str, fuse: bool, tmp_path: Path) -> None:
     large = np.ones((3, 1 << 18), np.float32)
@@ -109,3 +141,37 @@ def test_a_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:
     )
     (note,) = run_recipe(recipe, tmp_path / "out").plan.notes
     assert "filter 'mpl' of weight fits no tensor" in note
+
+
+def test_a_pass_goes_before_what_waits() -> None:
+    """With one thread: a task that runs, one that waits, and a pass that is asked for meanwhile."""
+    begun, go_on, order = threading.Event(), threading.Event(), list[str]()
+
+    def first() -> None:
+        begun.set()
+        go_on.wait(60)
+
+    with _Crew(1) as crew:
+        crew.submit(first)
+        crew.submit(order.append, "waits")
+        begun.wait(60)
+        asking = threading.Thread(target=crew.map, args=(lambda b: order.append(str(b)), [(0, 1)]))
+        asking.start()
+        while not crew._first:
+            time.sleep(0.001)
+        go_on.set()
+        asking.join(60)
+    assert order == ["(0, 1)", "waits"]
+
+
+def test_an_error_of_a_task_is_raised_once_all_are_done() -> None:
+    done: list[int] = []
+
+    def run() -> None:
+        with _Crew(2) as crew:
+            crew.map(lambda block: done.append(block[0]), [(i, i + 1) for i in range(9)])
+            crew.submit(int, "of a task")
+
+    with pytest.raises(ValueError, match="of a task"):
+        run()
+    assert sorted(done) == list(range(9))
