@@ -249,6 +249,7 @@ _REDUCED: dict[str, Callable[[Any], Any]] = {
     "columns": lambda v: v.sum(axis=0),
 }
 _ADDED = ("count", "columns")  # kinds whose results of two grains are added, not put in a row
+AT_ONCE = 64  # results of which a loop makes more than one grain's; 8 KiB of lanes for each and grain
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time, _one_trial = threading.Lock(), threading.Lock()
 _log = logging.getLogger("mergetool")
@@ -292,14 +293,19 @@ class _GrainFunction:
         return finite
 
     def _pieces(self, given: Grains) -> Iterable[tuple[Grains, int, int]]:
-        """What is computed at once: everything by a loop, where that needs no memory of its own for each
-        element and all share the high part of their numbers; otherwise one grain after the other."""
+        """What is computed at once: everything by a loop, where that needs little memory beside it and all
+        elements share the high part of their numbers; otherwise one grain after the other."""
         raws, first = given
         alike = first >> 32 == max(first, first + raws[0].size - 1) >> 32
-        bare = self.beside is None or self.beside.by_row
-        if self._by_loop_now() and alike and bare and all(r.dtype != np.float16 for r in raws):
+        if self._by_loop_now() and alike and self._is_lean(raws):
             return [(given, 0, len(raws[0]))]
         return one_by_one(given)
+
+    def _is_lean(self, raws: Sequence[Raw]) -> bool:
+        """Whether a loop needs no other arrays of the size of these, and no lanes of very many sums."""
+        bare = self.beside is None or self.beside.by_row
+        many = self.loop is not None and len(self.loop.outputs) > AT_ONCE
+        return bare and not many and all(raw.dtype != np.float16 for raw in raws)
 
     def _of_piece(self, piece: Grains, into: Raw | None = None) -> tuple[list[Any], bool]:
         piece = self._with_beside(piece)
