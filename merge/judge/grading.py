@@ -28,18 +28,21 @@ AGAIN = {
     "grade": f"{UNREAD}`Grade: N`, N from {LOWEST} to {HIGHEST}.",
     "verdict": f"{UNREAD}`Verdict: A`, `Verdict: B` or `Verdict: tie`.",
 }
-_THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-# the marks around words and numbers, as in **Grade:** [[7]]/10
+# a template may have written the first <think>, which is not in the reply then
+_THOUGHTS = re.compile(r"\A(?:(?!<think>).)*?</think>|<think>.*?(?:</think>|\Z)", re.DOTALL)
+# the marks around words and numbers, as in **Grade:** [[7]]/10; nowhere may two runs of them touch, or a
+# reply with a thousand marks takes hours
 _MARKS = r"[\s*_`\[\]():=]"
 # to the end of a line: "Note: 2 of 3 facts are wrong" is no grade, and "Verdict: a tie" is not for A
+_END = r"[\s*_`\[\]():=.]*$"
 _GRADE = re.compile(
-    rf"\b(?:grade|score|rating|note|bewertung){_MARKS}*(?:is|of|ist|von)?{_MARKS}*"
-    rf"(?P<grade>-?\d+(?:[.,]\d+)?){_MARKS}*(?:(?:/|out of|von){_MARKS}*(?P<of>\d+))?{_MARKS}*\.?{_MARKS}*$",
+    rf"\b(?:grade|score|rating|note|bewertung){_MARKS}*(?:(?:is|of|ist|von){_MARKS}*)?"
+    rf"(?P<grade>-?\d+(?:[.,]\d+)?)(?:{_MARKS}*(?:/|out of|von){_MARKS}*(?P<of>\d+))?{_END}",
     re.IGNORECASE | re.MULTILINE,
 )
 _VERDICT = re.compile(
     rf"\b(?i:verdict|urteil){_MARKS}*(?:(?i:a){_MARKS}+(?=(?i:tie)))?"
-    rf"(?P<verdict>A|B|(?i:tie|unentschieden))\b{_MARKS}*\.?{_MARKS}*$",
+    rf"(?P<verdict>A|B|(?i:tie|unentschieden))\b{_END}",
     re.MULTILINE,
 )
 
