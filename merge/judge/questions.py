@@ -44,8 +44,12 @@ def _file_of(name: str) -> Path:
 
 
 def _read(file: Path) -> list[Question]:
+    try:
+        lines = file.read_bytes().splitlines()  # of bytes: texts may hold other ends of lines
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read ({error.strerror})") from None
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -61,14 +65,21 @@ def _read(file: Path) -> list[Question]:
 
 
 def _question(row: Mapping[str, Any]) -> Question:
-    if not isinstance(row["turns"], list):
-        raise ValueError("turns must be a list")
-    turns = tuple(row["turns"])
-    reference = tuple(row.get("reference") or [""] * len(turns))
-    if not turns or not all(isinstance(text, str) and text for text in turns):
-        raise ValueError("turns must be texts")
+    turns = _texts(row, "turns")
+    reference = _texts(row, "reference") if row.get("reference") else ("",) * len(turns)
+    if not all(turns):
+        raise ValueError("turns must be texts that say something")
     if len(reference) != len(turns):
         raise ValueError("reference must have a text for each turn")
     return Question(
         str(row["id"]), str(row.get("language", "")), str(row.get("kind", "")), turns, reference
     )
+
+
+def _texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """One at least; raises ValueError, also for half a character, which no tokenizer takes."""
+    texts = row[key]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or not texts:
+        raise ValueError(f"{key} must be a list of texts")
+    "".join(texts).encode()
+    return tuple(texts)
