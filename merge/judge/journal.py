@@ -61,6 +61,7 @@ class Journal:
                 self._known[row["key"]] = row
             if len(whole) < len(text):
                 os.truncate(file, len(whole))
+            self._size = len(whole)
         except (ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{file}: is not what mergetool judge writes ({error})") from None
         except OSError as error:
@@ -71,7 +72,10 @@ class Journal:
     ) -> Any:
         """The answer to `asked`: that of the file, or a new one, which is written down at once; threads that
         ask the same wait for the one answer. about: what the row tells besides."""
-        key = hashlib.sha256(canonical(dict(asked)).encode()).hexdigest()
+        told = canonical(dict(asked)).encode(
+            "utf-8", "surrogatepass"
+        )  # replies may hold half a character
+        key = hashlib.sha256(told).hexdigest()
         with self._turn(key):
             if key not in self._known:
                 row = {"key": key, **about, "answer": answered()}
@@ -86,8 +90,12 @@ class Journal:
             return self._turns.setdefault(key, Lock())
 
     def _append(self, row: Mapping[str, Any]) -> None:
+        line = json.dumps(row).encode() + b"\n"
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with self._file.open("ab") as file:
+                file.write(line)
         except OSError as error:
+            with suppress(OSError):  # of a full disk: what comes next must not stand in half a row
+                os.truncate(self._file, self._size)
             raise WriteError(f"{self._file}: {error.strerror}") from None
+        self._size += len(line)

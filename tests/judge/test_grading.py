@@ -1,5 +1,6 @@
 """What a judge's reply says, on replies as models write them; what grades and verdicts come to."""
 
+import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,8 +8,9 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from full_disk import full_after
 
-from merge.errors import RequestError
+from merge.errors import RequestError, WriteError
 from merge.judge.grading import grade_of, to_compare, to_grade, verdict_of
 from merge.judge.journal import Journal
 from merge.judge.outcome import Comparison, Grades, Reading, Talks, counts_of, told_grades
@@ -32,6 +34,7 @@ TALKS = Talks(2, 0, 0)
         ("Bewertung: 8 von 10", 8),
         ("<think>Grade: 2? No.</think>Grade: 9", 9),
         ("<think>Grade: 2, I was cut off", None),
+        ("Grade: 2\n</think>\nNo, I cannot say.", None),
         ("Grade: 11", None),
         ("Grade: 7\n\nNote: 2 of 3 facts are wrong", 7),
         ("Grade: 75", None),
@@ -60,6 +63,7 @@ def test_grades(reply: str, grade: float | None) -> None:
         ("Urteil: unentschieden", "tie"),
         ("Verdict: A or rather\nVerdict: B", "B"),
         ("<think>Verdict: A</think>\nVerdict: B", "B"),
+        ("Verdict: A\n</think>\nVerdict: B", "B"),
         ("Verdict: Both are good", None),
         ("Verdict: a tie", "tie"),
         ("The verdict: a close call", None),
@@ -69,6 +73,13 @@ def test_grades(reply: str, grade: float | None) -> None:
 )
 def test_verdicts(reply: str, verdict: str | None) -> None:
     assert verdict_of(reply) == verdict
+
+
+def test_a_row_of_marks_takes_no_longer_than_a_row_of_letters() -> None:
+    row = "=" * 20_000  # hours, where one run of them may be taken for three
+    assert grade_of(f"Grade: 7 {row} x") is None
+    assert grade_of(f"Grade: {row} 7") == 7
+    assert verdict_of(f"Verdict: A {row} x") is None
 
 
 def reading(value: float | str | None) -> Reading:
@@ -162,14 +173,55 @@ def test_questions_that_are_none_are_refused_by_their_line(tmp_path: Path) -> No
         questions_of(["fr"])
 
 
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        (b'{"id": "a", "turns": ["\xff"]}', "can't decode"),
+        (rb'{"id": "a", "turns": ["\ud800"]}', "surrogates not allowed"),
+        (b'{"id": "a", "turns": "xy", "reference": ["", ""]}', "turns must be a list of texts"),
+        (
+            b'{"id": "a", "turns": ["x", "y"], "reference": "42"}',
+            "reference must be a list of texts",
+        ),
+        (b'{"id": "a", "turns": ["x"], "reference": [4]}', "reference must be a list of texts"),
+    ],
+)
+def test_bytes_and_values_that_are_no_texts_are_refused_by_their_line(
+    tmp_path: Path, row: bytes, what: str
+) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b"\n" + row)
+    with pytest.raises(RequestError, match=rf"q\.jsonl:2: is no question .*{what}"):
+        questions_of([str(file)])
+
+
+def test_a_question_may_hold_any_end_of_a_line_but_that_of_its_own(tmp_path: Path) -> None:
+    file, text = tmp_path / "q.jsonl", "one\u2028two\u0085three"
+    rows = [{"id": str(i), "turns": [text]} for i in range(2)]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    assert [question.turns for question in questions_of([str(file)])] == [(text,), (text,)]
+
+
 @pytest.mark.parametrize("text", ["one\u2028two", "one\u0085two", "\ud800", "one\ntwo"])
 def test_a_journal_gives_back_any_text(tmp_path: Path, text: str) -> None:
     file = tmp_path / "answers.jsonl"
-    asked = {"prompt": "?"}
+    asked = {"prompt": text}
     assert Journal(file).row(asked, {}, lambda: text) == text
     file.open("ab").write(b'{"key": "cut o')
     assert Journal(file).row(asked, {}, lambda: "another") == text
     assert file.read_bytes().endswith(b"}\n")
+
+
+def test_half_a_row_on_a_full_disk_spoils_nothing_that_comes_after(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    journal = Journal(file)
+    journal.row({"prompt": 1}, {}, lambda: "one")
+    with full_after(file.stat().st_size + 10), pytest.raises(WriteError):
+        journal.row({"prompt": 2}, {}, lambda: "two")
+    journal.row({"prompt": 3}, {}, lambda: "three")
+    again = Journal(file)
+    kept = [again.row({"prompt": number}, {}, lambda: "new") for number in (1, 2, 3)]
+    assert kept == ["one", "new", "three"]
 
 
 def test_what_several_ask_at_a_time_is_asked_once(tmp_path: Path) -> None:
