@@ -104,11 +104,14 @@ def _ends(model: Any, token: int) -> bool:
 
 def identity_of(found: Candidate) -> str:
     """Stands for a model: sizes and times of the files in its folder, or the plan of a merge with those of
-    the files that it reads."""
+    the files that it reads and carries over."""
     if isinstance(found, Path):
         plan, files = "", sorted(file for file in found.rglob("*") if file.is_file())
     else:
+        from merge.carry import carried
+
         plan, files = found.digest, [file for model in found.models for file in model.files()]
+        files += [file for file in carried(found).values() if isinstance(file, Path)]
     stats = [(file, file.stat()) for file in files]
     facts = [(str(file.resolve()), s.st_size, s.st_mtime_ns) for file, s in stats]
     return hashlib.sha256(canonical([plan, facts]).encode()).hexdigest()

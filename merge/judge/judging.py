@@ -1,9 +1,10 @@
 """Questions -> answers -> grades or verdicts, all kept in a folder; a killed run goes on."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing.pool import ThreadPool
+from operator import call
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +81,17 @@ class Court:
             )  # fmt: skip
 
     def _side_by_side(
-        self, jobs: Iterable[Callable[[], Reading]], progress: Count
+        self, jobs: Sequence[Callable[[], Reading]], progress: Count
     ) -> list[Reading]:
         found = []
-        with ThreadPoolExecutor(self.parallel) as pool:
-            waiting = [pool.submit(job) for job in jobs]
+        with ThreadPool(self.parallel) as pool:  # whose threads keep no interrupted process alive
             try:
-                for each in waiting:
-                    found.append(each.result())
+                for reading in pool.imap(call, jobs):
+                    found.append(reading)
                     progress(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+            except Exception:
+                pool.terminate()
+                pool.join()  # what is on its way by now is kept
                 raise
         return found
 

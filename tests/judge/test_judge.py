@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from typing import Any
 import pytest
 from judges import Served, questions_in
 from ran import Ran
+
+from merge.judge.answering import identity_of
+from merge.score.models import candidate
+from merge.shipped import shipped
 
 Command = Callable[..., Ran]
 TURNS = [("roman 12", "roman 7"), ("roman 3", "roman 12"), ("roman 99", "roman 5")]
@@ -171,3 +176,12 @@ def test_killed_in_the_middle_it_asks_nothing_twice(served: Served, tmp_path: Pa
     assert len(answers) == len(set(answers)) == 24
     # the one whose reply was not written down yet may have been asked for again
     assert served.requests - before <= 25
+
+
+def test_another_template_beside_an_adapted_model_is_another_model(tmp_path: Path) -> None:
+    base = shutil.copytree(shipped("evals/zoo/base"), tmp_path / "base")
+    found = candidate(f"{base}+zoo:adapters/roman-attention")
+    before = identity_of(found)
+    assert identity_of(found) == before
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert identity_of(candidate(f"{base}+zoo:adapters/roman-attention")) != before
