@@ -10,26 +10,23 @@ from socket import create_connection
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import SplitResult, urlsplit
-from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
+from urllib.request import (
+    HTTPRedirectHandler,
+    ProxyHandler,
+    Request,
+    build_opener,
+    getproxies,
+    proxy_bypass,
+)
 
 from merge.errors import RequestError, ScoreError
+from merge.printing import printable
 
 Messages = Sequence[Mapping[str, str]]
-KEYS = (
-    "MERGETOOL_JUDGE_KEY",
-    "OPENAI_API_KEY",
-)  # variables of the environment; the first one counts
+KEYS = ("MERGETOOL_JUDGE_KEY", "OPENAI_API_KEY")  # of the environment; the first one counts
 LOCAL = ("localhost", "127.0.0.1", "::1")
-BUSY = (
-    408,
-    409,
-    425,
-    429,
-    500,
-    502,
-    503,
-    504,
-)  # answers after which it is worth while to ask again
+BUSY = {408, 409, 425, 429, *range(500, 600)}  # answers after which it is worth while to ask again
+NOT_WHOLE = {"length", "content_filter"}  # why a reply ended, where more was to come
 TRIES = 5
 LONGEST_WAIT = 60.0  # seconds between two tries
 
@@ -44,7 +41,7 @@ class Reply:
     @property
     def is_whole(self) -> bool:
         """Whether nothing of it was cut off or taken out."""
-        return self.ended not in ("length", "content_filter")
+        return self.ended not in NOT_WHOLE
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,10 @@ class Server:
 
     @classmethod
     def at(cls, url: str, model: str, *, max_tokens: int = 1024) -> "Server":
-        """The server, with the key of the environment; raises RequestError where the address is none."""
+        """The server, with the key of the environment; raises RequestError where the address is none, or the
+        key."""
         parts = _parts(url)
-        found = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
+        found = _key()
         safe = parts.scheme == "https" or parts.hostname in LOCAL
         if found and not safe:
             raise RequestError(
@@ -71,8 +69,10 @@ class Server:
         return cls(url.rstrip("/"), model, max_tokens, key=found)
 
     def check(self) -> None:
-        """Raises RequestError where nobody listens at the address."""
+        """Raises RequestError where nobody listens at the address, unless only a proxy can tell."""
         parts = urlsplit(self.url)
+        if _by_proxy(parts):
+            return
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
             create_connection((parts.hostname or "", port), timeout=10).close()
@@ -126,14 +126,35 @@ class Server:
 
     def _told(self, error: HTTPError) -> str:
         try:
-            text = error.read(2000).decode("utf-8", "replace")
+            with error:
+                text = error.read(2000).decode("utf-8", "replace")
         except (OSError, HTTPException):
             text = ""
-        return self._hidden(" ".join(text.split())[:200] or str(error.reason))
+        told = " ".join(text.split()) or str(error.reason)
+        return printable(self._hidden(told)[:200])  # cut off last: half a key is too much
 
     def _hidden(self, text: str) -> str:
         """Without the key, which some servers repeat."""
         return text.replace(self.key, "***") if self.key else text
+
+
+def _key() -> str:
+    """That of the environment; raises RequestError where it could not be sent, and so would be told."""
+    for name in KEYS:
+        key = os.environ.get(name, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise RequestError(
+                f"{name}: holds what no key does, such as an end of line; set it anew"
+            )
+        if key:
+            return key
+    return ""
+
+
+def _by_proxy(parts: SplitResult) -> bool:
+    """Whether the way there leads through a proxy, by the environment."""
+    host = parts.hostname or ""
+    return host not in LOCAL and parts.scheme in getproxies() and not proxy_bypass(host)
 
 
 def _parts(url: str) -> SplitResult:

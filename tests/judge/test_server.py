@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,10 +24,11 @@ MESSAGES = [{"role": "user", "content": "?"}]
 
 
 class Answering(ThreadingHTTPServer):
-    """Answers with what is in `answers`, one after the other: (status, headers, body)."""
+    """Answers with what is in `answers`, one after the other: (status, headers, body), while it `goes_on`."""
 
     answers: list[tuple[int, dict[str, str], Any]]
     seen: list[tuple[str, str | None, Any]]
+    goes_on: threading.Event
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -34,6 +37,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        self.server.goes_on.wait(20)
         status, headers, answer = self.server.answers.pop(0)
         content = json.dumps(answer).encode()
         self.send_response(status)
@@ -49,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def answering() -> Iterator[Answering]:
     server = Answering(("127.0.0.1", 0), _Handler)
-    server.answers, server.seen = [], []
+    server.answers, server.seen, server.goes_on = [], [], threading.Event()
+    server.goes_on.set()
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -78,9 +83,9 @@ def test_the_request_is_what_the_protocol_says(answering: Answering, asked: Serv
 
 def test_a_busy_server_is_asked_again(answering: Answering, asked: Server) -> None:
     wait = {"Retry-After": "0"}
-    answering.answers = [(429, wait, {}), (503, wait, {}), (200, {}, REPLY)]
+    answering.answers = [(429, wait, {}), (503, wait, {}), (529, wait, {}), (200, {}, REPLY)]
     assert asked.ask(MESSAGES).text == "Grade: 5"
-    assert len(answering.seen) == 3
+    assert len(answering.seen) == 4
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,17 @@ def test_a_refusal_is_told_once_and_without_the_key(answering: Answering, asked:
         asked.ask(MESSAGES)
     assert len(answering.seen) == 1
     assert KEY not in str(error.value) + repr(asked)
+
+
+@pytest.mark.parametrize("before", [0, 190])  # near the end of what is shown
+def test_what_a_server_says_is_shown_without_the_key_and_what_moves_the_cursor(
+    answering: Answering, asked: Server, before: int
+) -> None:
+    answering.answers = [(400, {}, "-" * before + KEY + "\x9b2J\u202e" + "-" * 300)]
+    with pytest.raises(ScoreError, match=r"answers 400: .*-") as error:
+        asked.ask(MESSAGES)
+    assert KEY[:3] not in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_the_key_does_not_follow_to_another_address(answering: Answering, asked: Server) -> None:
@@ -163,3 +179,57 @@ def test_a_key_is_not_sent_in_the_open(monkeypatch: pytest.MonkeyPatch) -> None:
         Server.at("http://example.org/v1", "judge")
     assert KEY not in str(error.value)
     assert Server.at("https://example.org/v1", "judge").key == KEY
+
+
+def test_a_key_is_taken_without_the_end_of_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGETOOL_JUDGE_KEY", " \n")
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\n")
+    assert Server.at("https://example.org/v1", "judge").key == KEY
+
+
+@pytest.mark.parametrize("key", ["sk-very\nsecret", "sk-very-sécret"])
+def test_a_key_that_cannot_be_sent_is_told_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("MERGETOOL_JUDGE_KEY", key)
+    with pytest.raises(RequestError, match="MERGETOOL_JUDGE_KEY: holds") as error:
+        Server.at("https://example.org/v1", "judge")
+    assert "sk-" not in str(error.value)
+
+
+def test_what_a_proxy_alone_reaches_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:2")
+    far = Server("https://127.0.0.2:1/v1", "judge")
+    monkeypatch.setenv("no_proxy", "example.org")
+    far.check()
+    monkeypatch.setenv("no_proxy", "127.0.0.2")
+    with pytest.raises(RequestError, match="nobody answers there"):
+        far.check()
+    with pytest.raises(RequestError, match="nobody answers there"):
+        Server("https://localhost:1/v1", "judge").check()
+
+
+def test_an_interrupt_does_not_wait_for_a_server_that_hangs(
+    command: Callable[..., Ran], answering: Answering, asked: Server
+) -> None:
+    def interrupt() -> None:
+        while not answering.seen:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    answering.goes_on.clear()
+    answering.answers = [(200, {}, REPLY)] * 2
+    line = ("judge", "zoo:clerk", "--judge-url", url_of(answering), "--judge-model", "judge")
+    line += ("--questions", "en", "--limit", "1", "--max-tokens", "4")
+    others = set(threading.enumerate())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        ran = command(*line)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        hung = len(answering.answers)
+        answering.goes_on.set()
+    assert ran.code == 130
+    assert hung == 2
+    assert all(thread.daemon for thread in set(threading.enumerate()) - others)
