@@ -110,7 +110,7 @@ def score(
         raise RequestError("--tasks and --suite (or its --split) are both given; keep one")
     if include and not tasks:
         raise RequestError("--include is for --tasks; a suite has its tasks in its folder")
-    names = [name for each in tasks for name in each.split(",")]
+    names = [name.strip() for each in tasks for name in each.split(",") if name.strip()]
     if backend == "euroeval":
         _refuse_others(click.get_current_context())
         _say(_by_euroeval(models, names, program, device, trusted, offline), as_json)

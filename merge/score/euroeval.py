@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def command_line(
     program: str, folder: Path, datasets: Sequence[str], device: str | None, trusted: bool
 ) -> list[str]:
     """What is run for one model."""
-    line = [program, "--model", str(folder.resolve()), "--no-progress-bar", "--raise-errors"]
+    own = str(Path(program).absolute())  # it is run in another folder
+    line = [own, "--model", str(folder.resolve()), "--no-progress-bar", "--raise-errors"]
     line += [part for name in datasets for part in ("--dataset", name)]
     line += ["--num-iterations", str(ITERATIONS), "--evaluate-test-split"]
     if device:
@@ -68,7 +70,7 @@ def _scored(
     with tempfile.TemporaryDirectory(prefix="mergetool-") as place:
         done = subprocess.run(line, cwd=place, capture_output=True, text=True, errors="replace")
         file = Path(place, RESULTS)
-        rows = read_results(file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
+        rows = read_results(file.read_bytes().splitlines() if file.exists() else [])
     missing = [n for n in datasets if n not in rows or not math.isfinite(rows[n][1].value)]
     if done.returncode or missing:
         last = next((x for x in reversed(done.stderr.splitlines()) if x.strip()), "it said nothing")
@@ -80,14 +82,14 @@ def _scored(
     )
 
 
-def read_results(lines: Iterable[str]) -> dict[str, tuple[str, Score]]:
-    """(metric, score) by data set, from the lines of EuroEval's file of results."""
+def read_results(lines: Iterable[str | bytes]) -> dict[str, tuple[str, Score]]:
+    """(metric, score) by data set, from the lines of EuroEval's file of results; without those that are
+    none, as the last one of a run that was cut off."""
     found = {}
     for line in lines:
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        found[str(row["dataset"])] = _first(row["results"])
+        with suppress(ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            row = json.loads(line)
+            found[str(row["dataset"])] = _first(row["results"])
     return found
 
 

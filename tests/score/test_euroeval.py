@@ -82,6 +82,24 @@ def test_what_it_would_not_be_told_is_refused(command: Callable[..., Ran], optio
     assert ran.error.startswith(f"--backend euroeval: {option.split()[0]} is not for EuroEval")
 
 
+def test_a_program_beside_that_is_cut_off_is_told_by_its_last_words(
+    command: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """Of its results only the first is whole. The tests that need the real program are below."""
+    row = json.dumps({"dataset": "a", "results": {"raw": [1], "total": {"test_mcc": 1.0}}})
+    program = tmp_path / "own" / "euroeval"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\nprintf '%s\\n%s' '{row}' '{row[:30]}' > euroeval_benchmark_results.jsonl\n"
+        "echo no more memory >&2\nexit 137\n"
+    )
+    program.chmod(0o755)
+    asked = ("score", "zoo:base", "--backend", "euroeval", "--euroeval", "own/euroeval")
+    ran = command(*asked, "--tasks", "a, b")
+    assert ran.code == 1
+    assert ran.error == "zoo:base: euroeval: b has no result: no more memory"
+
+
 @installed
 def test_the_program_has_the_options_that_are_given() -> None:
     assert PROGRAM is not None
