@@ -1,6 +1,5 @@
 """What shows in a task's answers that something is wrong: cut off, empty, in loops, all alike."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from merge.score.results import Answers
 
 DEFAULT_LIMIT = 256  # tokens of an answer, where neither task nor model of lm-eval says more
-TAIL = 1600  # characters at the end of an answer in which loops are looked for
-LOOP = re.compile(r"(.{1,200}?)\1{3,}\Z", re.DOTALL)
+LONGEST_LOOP = 200  # characters of the piece that comes again and again
 LOOP_LENGTH = 40  # characters of a loop at least: "........" ends many a good answer
 
 
@@ -41,8 +39,9 @@ def answers_of(samples: Sequence[Mapping[str, Any]], lm: Any) -> Answers:
 
 def ends_in_loop(text: str) -> bool:
     """Whether the text ends in a piece that stands there four times or more, 40 characters in all."""
-    found = LOOP.search(text[-TAIL:].rstrip())
-    return found is not None and len(found[0].strip()) >= LOOP_LENGTH
+    end = text.rstrip()
+    sizes = range(1, min(LONGEST_LOOP, len(end) // 4) + 1)
+    return any(end.endswith(end[-n:] * max(4, -(-LOOP_LENGTH // n))) for n in sizes)
 
 
 def _requests(sample: Mapping[str, Any]) -> list[Sequence[Any]]:
