@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_after
 from ran import Ran
 from safetensors.torch import load_file, save_file
 
-from merge.errors import RequestError, ScoreError
+from merge.errors import RequestError, ScoreError, WriteError
 from merge.score import ModelScores, Score, Scores, Suite, Task, score_models, table
+from merge.score.models import weight_bytes
 from merge.shipped import shipped
 
 BASE = shipped("evals/zoo/base")
@@ -117,12 +119,39 @@ def test_nan_weights_are_not_scored(tmp_path: Path) -> None:
         score_models([tmp_path / "damaged"], Suite.named("quickstart"), labels=["damaged"])
 
 
-def test_a_folder_that_does_not_load_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b'{"model_type": "no-such-architecture"}'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
+        ("model.safetensors", b"\x08"),
+        ("tokenizer.json", b"[]"),
+    ],
+)
+def test_a_folder_that_does_not_load_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     shutil.copytree(BASE, tmp_path / "broken")
-    (tmp_path / "broken" / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    (tmp_path / "broken" / name).write_bytes(content)
     with pytest.raises(ScoreError, match="broken: cannot be loaded for scoring") as error:
         score_models([tmp_path / "broken"], Suite.named("quickstart"), labels=["broken"])
     assert "\n" not in str(error.value)
+
+
+def test_weights_of_pytorch_count_where_there_are_no_others(tmp_path: Path) -> None:
+    for name, size in (
+        ("pytorch_model-1-of-2.bin", 5),
+        ("pytorch_model-2-of-2.bin", 3),
+        ("training_args.bin", 9),
+    ):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert weight_bytes(tmp_path) == 8
+    (tmp_path / "model.safetensors").write_bytes(bytes(4))
+    assert weight_bytes(tmp_path) == 4
+
+
+def test_samples_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
+    suite, samples = Suite.named("quickstart"), tmp_path / "samples.jsonl"
+    with full_after(100), pytest.raises(WriteError, match="samples.jsonl: File too large"):
+        score_models([BASE], suite, labels=["base"], limit=1, samples=samples)
 
 
 def test_the_command_prints_one_json_document(command: Callable[..., Ran]) -> None:

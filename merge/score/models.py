@@ -121,7 +121,8 @@ def weight_bytes(found: Candidate) -> int:
     """Bytes of its weights."""
     if not isinstance(found, Path):
         return int(found.write_bytes)
-    return sum(file.stat().st_size for file in found.glob("*.safetensors"))
+    files = list(found.glob("*.safetensors")) or list(found.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in files)
 
 
 def lm_eval_model(found: Candidate, label: str, conditions: Conditions, batch_size: int) -> Any:
@@ -163,8 +164,10 @@ def _from_folder(folder: Path, label: str, dtype: Any, trusted: bool) -> tuple[A
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (
+        Exception
+    ) as error:  # a damaged file of safetensors raises one of its own, configs raise any
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScoreError(f"{label}: cannot be loaded for scoring: {first}") from None
     return model, tokenizer
 

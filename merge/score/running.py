@@ -3,13 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge.errors import RequestError, ScoreError
+from merge.errors import RequestError, ScoreError, WriteError
 from merge.score.answers import answers_of
 from merge.score.conditions import Conditions
 from merge.score.harness import check_tasks, leaves, quiet_libraries, task_manager
@@ -55,33 +55,34 @@ def score_models(
     with quiet_libraries(), few_threads(max(map(weight_bytes, folders))):
         harness = harness or task_manager(suite)
         check_tasks(suite, harness)
-        with _kept(samples) as keep:
-            scored = [
-                _scored_model(found, label, suite, harness, given, keep, progress)
-                for found, label in zip(folders, labels, strict=True)
-            ]
+        keep = _kept(samples)
+        scored = [
+            _scored_model(found, label, suite, harness, given, keep, progress)
+            for found, label in zip(folders, labels, strict=True)
+        ]
     return Scores(suite, tuple(scored))
 
 
-@contextmanager
-def _kept(file: Path | None) -> Iterator[Keep]:
+def _kept(file: Path | None) -> Keep:
     """Writes what it is called with as a line of JSON, at once, into a file that must not be there yet."""
     if file is None:
-        yield lambda row: None
-        return
+        return lambda row: None
     try:
-        opened = file.open("x", encoding="utf-8")
+        file.open("x").close()
     except FileExistsError:
         raise RequestError(f"{file}: is there already; name another file for samples") from None
     except OSError as error:
         raise RequestError(f"{file}: cannot be written ({error.strerror})") from None
-    with opened:
-        yield lambda row: _append(opened, row)
+    return partial(_append, file)
 
 
-def _append(opened: Any, row: Mapping[str, Any]) -> None:
-    opened.write(json.dumps(without_nan(row), ensure_ascii=False, default=str) + "\n")
-    opened.flush()
+def _append(file: Path, row: Mapping[str, Any]) -> None:
+    line = json.dumps(without_nan(row), ensure_ascii=False, default=str)
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(f"{line}\n")
+    except OSError as error:
+        raise WriteError(f"{file}: {error.strerror}") from None
 
 
 def _scored_model(
