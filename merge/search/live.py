@@ -163,21 +163,23 @@ def _chosen(dtype: "torch.dtype | str", plan: Plan) -> "torch.dtype | None":
 def _shape_of(plan: Plan) -> str:
     """Stands for what a model is beside its values."""
     names = [(step.name, step.shape, step.dtype) for step in plan.steps]
-    files = plan.tokens.digest if plan.tokens else plan.models[plan.donor].public_name
+    files = [str(plan.models[plan.donor].folder), plan.tokens and plan.tokens.digest]
     return hashlib.sha256(canonical([dict(plan.config), names, files]).encode()).hexdigest()
 
 
 def _loaded(folder: Path, dtype: "torch.dtype | None") -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    how = {"local_files_only": True, "trust_remote_code": False}  # None asks whoever sits there
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, **how)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
         chosen = {} if dtype is None else {"dtype": dtype}
-        return AutoModelForCausalLM.from_config(config, **chosen), tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
+    except Exception as error:  # of any library that a config leads to
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ScoreError(f"cannot be made in memory: {reason}") from None
+    return model, tokenizer
 
 
 def _by_step(plan: Plan, model: Any) -> dict[str, "torch.Tensor"]:
