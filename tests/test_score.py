@@ -150,7 +150,7 @@ def test_weights_of_pytorch_count_where_there_are_no_others(tmp_path: Path) -> N
 
 def test_samples_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
     suite, samples = Suite.named("quickstart"), tmp_path / "samples.jsonl"
-    with full_after(100), pytest.raises(WriteError, match="samples.jsonl: File too large"):
+    with full_after(100), pytest.raises(WriteError, match="File too large"):
         score_models([BASE], suite, labels=["base"], limit=1, samples=samples)
 
 

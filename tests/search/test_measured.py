@@ -1,6 +1,6 @@
 """What is known of the parents is not measured again, and changes no bit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,9 @@ def plan_of(folder: Path, case: Case, shape: tuple[int, int], dtype: str = "F32"
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def passes(noted: Callable[..., list[str]]) -> list[str]:
     """The tensors over which statistics were measured, once for each pass."""
-    found: list[str] = []
-    measuring = Formula.measuring
-
-    def noted(formula: Formula, request: Any) -> Any:
-        found.append(formula.step.name)
-        return measuring(formula, request)
-
-    monkeypatch.setattr(Formula, "measuring", noted)
-    return found
+    return noted(Formula, "measuring", lambda formula: formula.step.name)
 
 
 @pytest.mark.parametrize("case", MEASURING, ids=lambda case: case.id)

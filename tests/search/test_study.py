@@ -125,16 +125,9 @@ def test_a_longer_search_goes_on_from_a_shorter_one(
 
 
 def test_test_is_looked_at_once_for_each_winner_and_told_how_often(
-    tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, suite: Path, noted: Callable[..., list[str]]
 ) -> None:
-    looked: list[str] = []
-    marks = Panel.marks
-
-    def noted(panel: Panel, lm: Any) -> Any:
-        looked.append(panel.split.name)
-        return marks(panel, lm)
-
-    monkeypatch.setattr(Panel, "marks", noted)
+    looked = noted(Panel, "marks", lambda panel: panel.split.name)
     better = {"parameters": {"weight": {"choice": [0.0, 0.5]}}}
     models = [{"model": model, **better} for model in SPECIALISTS]
     space = {"base_model": "zoo:base", "merge_method": "task_arithmetic", "models": models}
