@@ -28,15 +28,18 @@ class Share:
     count: int
 
 
-def mean_of(values: Sequence[float]) -> Share:
-    count = len(values)
+def mean_of(sums: Sequence[float], sizes: Sequence[int] = ()) -> Share:
+    """Of values, one for each question, or of several for each: their sums and how many they are. Those of one
+    question depend on each other, so that the error is over questions; `count` is of all values."""
+    sizes = sizes or [1] * len(sums)
+    count, questions = sum(sizes), len(sums)
     if not count:
         return Share(math.nan, math.nan, 0)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Share(mean, math.nan, 1)
-    variance = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
-    return Share(mean, math.sqrt(variance / count), count)
+    mean = math.fsum(sums) / count
+    if questions == 1:
+        return Share(mean, math.nan, count)
+    off = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, sizes, strict=True))
+    return Share(mean, math.sqrt(off * questions / (questions - 1)) / count, count)
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,9 @@ class Comparison:
     @property
     def first_place(self) -> Share:
         """How often the one that came first was preferred, of verdicts that are no tie; 0.5 is no bias."""
-        found = [r.value for both in self.readings.values() for r in both]
-        return mean_of([float(value == "A") for value in found if value in ("A", "B")])
+        pairs = [[r.value for r in both] for both in self.readings.values()]
+        decided = [(p.count("A"), n) for p in pairs if (n := p.count("A") + p.count("B"))]
+        return mean_of([first for first, _ in decided], [n for _, n in decided])
 
     def as_json(self) -> dict[str, Any]:
         won, tied, lost = self.wins

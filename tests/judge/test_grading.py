@@ -13,7 +13,7 @@ from full_disk import full_after
 from merge.errors import RequestError, WriteError
 from merge.judge.grading import grade_of, to_compare, to_grade, verdict_of
 from merge.judge.journal import Journal
-from merge.judge.outcome import Comparison, Grades, Reading, Talks, counts_of, told_grades
+from merge.judge.outcome import Comparison, Grades, Reading, Share, Talks, counts_of, told_grades
 from merge.judge.questions import Question, questions_of
 
 QUESTION = Question("q", "en", "maths", ("What is 2 + 2?", "And doubled?"), ("4", ""))
@@ -134,6 +134,21 @@ def test_one_wins_only_where_both_orders_agree() -> None:
     assert counts_of([found])["unreadable"] == 1
     # A: won, lost, always first twice, half a tie, unread; B: won, lost, always second twice
     assert found.first_place.mean == pytest.approx(6 / 10)
+
+
+def test_both_verdicts_on_a_question_are_one_look_at_the_order() -> None:
+    def first_place(*verdicts: tuple[str, str]) -> Share:
+        readings = {str(i): [*map(reading, both)] for i, both in enumerate(verdicts)}
+        return Comparison("m", "n", [], readings, (TALKS, TALKS)).first_place
+
+    assert first_place(("A", "B"), ("B", "A"), ("A", "B"), ("tie", "tie")) == Share(0.5, 0, 6)
+    some = first_place(("A", "B"), ("A", "A"), ("tie", "B"))
+    off = (1 - 2 * 0.6) ** 2 + (2 - 2 * 0.6) ** 2 + (0 - 0.6) ** 2
+    assert (some.mean, some.count) == (0.6, 5)
+    assert some.stderr == pytest.approx(math.sqrt(off * 3 / 2) / 5)
+    none = first_place(("tie", "tie"))
+    assert none.count == 0
+    assert math.isnan(none.mean)
 
 
 def test_the_judge_sees_what_was_said_until_then_and_no_more() -> None:
