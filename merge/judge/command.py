@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from merge.errors import RequestError, ScoreError
+from merge.errors import OutputError, RequestError, ScoreError
 from merge.options import JSON, MEMORY, OFFLINE, TRUST, progress
 
 if TYPE_CHECKING:
@@ -93,6 +93,9 @@ def judge(
     found = [candidate(name, offline=offline) for name in models]
     for each, name in zip(found, models, strict=True):
         check_candidate(each, name, conditions)
+        if isinstance(each, Path) and output.resolve().is_relative_to(each.resolve()):
+            what = f"lies in the folder of {name}, which is another model with every file in it"
+            raise OutputError(f"--output {output}: {what}; choose another one")
     with alone(output):
         court = Court(server, questions, output, max_tokens, parallel, conditions)
         if len(models) == 2 and not single:

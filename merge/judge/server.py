@@ -97,7 +97,8 @@ class Server:
                 str(said["message"]["content"] or ""), str(said.get("finish_reason") or "")
             )
         except (AttributeError, KeyError, IndexError, TypeError):
-            raise ScoreError(f"{self.url}: the reply is no chat completion") from None
+            told = self._shown(json.dumps(reply))
+            raise ScoreError(f"{self.url}: the reply is no chat completion: {told}") from None
 
     def _posted(self, body: bytes) -> Any:
         for tried in range(1, TRIES + 1):
@@ -109,7 +110,7 @@ class Server:
                     raise ScoreError(f"{self.url}: {what}") from None
                 wait = _asked_to_wait(error.headers.get("Retry-After"))
             except (OSError, URLError, HTTPException, ValueError) as error:
-                what, wait = f"cannot be asked: {self._hidden(str(error))}", None
+                what, wait = f"cannot be asked: {self._shown(str(error))}", None
             if tried < TRIES:
                 time.sleep(min(LONGEST_WAIT, wait if wait is not None else 2.0**tried / 2))
         raise ScoreError(f"{self.url}: {what} ({TRIES} times); the same command goes on from here")
@@ -130,12 +131,12 @@ class Server:
                 text = error.read(2000).decode("utf-8", "replace")
         except (OSError, HTTPException):
             text = ""
-        told = " ".join(text.split()) or str(error.reason)
-        return printable(self._hidden(told)[:200])  # cut off last: half a key is too much
+        return self._shown(text) or self._shown(str(error.reason))
 
-    def _hidden(self, text: str) -> str:
-        """Without the key, which some servers repeat."""
-        return text.replace(self.key, "***") if self.key else text
+    def _shown(self, text: str) -> str:
+        """In one line, without the key, which some servers repeat; cut off last, as half of it is too much."""
+        told = " ".join(text.split())
+        return printable((told.replace(self.key, "***") if self.key else told)[:200])
 
 
 def _key() -> str:

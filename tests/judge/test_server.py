@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from ran import Ran
 from merge.errors import RequestError, ScoreError
 from merge.judge.journal import alone
 from merge.judge.server import Reply, Server
+from merge.shipped import shipped
 
 KEY = "sk-very-secret"
 REPLY = {"choices": [{"message": {"role": "assistant", "content": "Grade: 5"}}]}
@@ -128,8 +130,8 @@ def test_the_key_does_not_follow_to_another_address(answering: Answering, asked:
 
 
 def test_what_is_no_completion_is_told(answering: Answering, asked: Server) -> None:
-    answering.answers = [(200, {}, {"error": "no such model"})]
-    with pytest.raises(ScoreError, match="no chat completion"):
+    answering.answers = [(200, {}, {"error": f"no model for {KEY}"})]
+    with pytest.raises(ScoreError, match=r"no chat completion: .*no model for \*\*\*"):
         asked.ask(MESSAGES)
 
 
@@ -170,6 +172,18 @@ def test_a_folder_that_another_run_has_is_left_alone(
     assert [file.name for file in (tmp_path / "kept").iterdir()] == ["lock"]
     with alone(tmp_path / "kept"):
         pass
+
+
+def test_a_folder_in_that_of_a_model_is_refused(
+    command: Callable[..., Ran], answering: Answering, asked: Server, tmp_path: Path
+) -> None:
+    """Its files are what the model is known by: nothing would be asked once alone."""
+    shutil.copytree(shipped("evals/zoo/clerk"), tmp_path / "clerk")
+    line = ("judge", "clerk", "--judge-url", url_of(answering), "--judge-model", "judge")
+    ran = command(*line, "--output", "clerk/judged")
+    assert ran.code == 2
+    assert "--output clerk/judged: lies in the folder of clerk" in ran.error
+    assert not (tmp_path / "clerk" / "judged").exists()
 
 
 def test_a_key_is_not_sent_in_the_open(monkeypatch: pytest.MonkeyPatch) -> None:
