@@ -131,7 +131,14 @@ class Ledger:
             with engine.begin() as connection:
                 return list(connection.execute(sql.select(STUDY.c.name)).scalars())
 
-        return opened(url, names)
+        try:
+            return opened(url, names)
+        finally:
+            engine.dispose()
+
+    def close(self) -> None:
+        """Lets go of the database; whoever asks again opens it anew."""
+        self._engine.dispose()
 
     @contextmanager
     def alone(self) -> Iterator["Ledger"]:

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -64,7 +64,9 @@ def open_study(
     prepared = _prepared(setup)
     shared = _entered(setup, *prepared) if url else None  # first: it may be out of reach
     with _alone(folder):
-        yield shared or _entered(setup, *prepared)
+        study = shared or _entered(setup, *prepared)
+        with closing(study.ledger):
+            yield study
 
 
 def joined(setup: Setup) -> Study:

@@ -2,6 +2,7 @@
 
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,17 @@ def test_who_asks_and_is_silent_loses_the_turn(
     assert ledger.begin_asking(1, "gone")
     ledger.release("gone", died=True)
     assert ledger.workers() == {"other"}
+
+
+def test_who_has_read_and_who_closes_leave_nothing_open(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    with closing(ledger_in(tmp_path)) as ledger:
+        entered(ledger, 1)
+        assert Ledger.names(url) == ["study"]
+    links = [str(file.resolve()) for file in Path("/proc/self/fd").iterdir()]
+    assert not [link for link in links if link.startswith(str(tmp_path))]
+    assert [file.name for file in tmp_path.iterdir()] == ["study.db"]
+    assert len(ledger.all()) == 1, "it opens again"
 
 
 def test_what_is_only_read_is_left_as_it_is(tmp_path: Path) -> None:
