@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import RequestError
-from merge.lines import nearest
+from merge.lines import first_twice, nearest
 from merge.score.suite import Suite, Task
 
 LEAF = ("TASK", "PY_TASK")  # what the harness calls an entry that has documents itself
+SEED = 1234  # lm-eval's own, for few-shot examples, sampled answers and what numpy draws
 
 
 def check_installed() -> None:
@@ -49,6 +50,8 @@ def tasks_by_name(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[S
     asked = [name.strip().partition("=") for name in names if name.strip()]
     if not asked:
         raise RequestError("no task is named; write names of lm-eval, separated by commas")
+    if twice := first_twice([name for name, _, _ in asked]):
+        raise RequestError(f"task {twice} is named twice; one metric of a task counts")
     for folder in include:
         if not any(folder.glob("**/*.yaml")):
             raise RequestError(f"{folder}: holds no task files of lm-eval (*.yaml)")
@@ -97,6 +100,20 @@ def metrics_of(name: str, harness: Any) -> dict[str, bool]:
         for chosen in _several(each.get("filter_list") or "none")
     }
     return own or inside
+
+
+def tree_of(names: Sequence[str], harness: Any) -> Mapping[Any, Any]:
+    """The harness's tasks of these names, however they are grouped. What code of theirs draws, such as the
+    order of choices, is the same for every model and in every process; the seeds are lm-eval's own."""
+    import random
+
+    import numpy as np
+    from lm_eval.tasks import get_task_dict
+
+    random.seed(0)
+    np.random.seed(SEED)
+    found: Mapping[Any, Any] = get_task_dict(list(names), harness)
+    return found
 
 
 def leaves(tree: Mapping[Any, Any]) -> Iterator[Any]:

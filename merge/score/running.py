@@ -12,7 +12,14 @@ from typing import Any
 from merge.errors import RequestError, ScoreError, WriteError
 from merge.score.answers import answers_of
 from merge.score.conditions import Conditions
-from merge.score.harness import check_tasks, leaves, quiet_libraries, task_manager
+from merge.score.harness import (
+    SEED,
+    check_tasks,
+    leaves,
+    quiet_libraries,
+    task_manager,
+    tree_of,
+)
 from merge.score.models import (
     Candidate,
     check_candidate,
@@ -23,7 +30,6 @@ from merge.score.models import (
 from merge.score.results import Answers, ModelScores, Score, Scores, without_nan
 from merge.score.suite import Suite, Task
 
-SEED = 1234  # lm-eval's own, for few-shot examples and sampled answers
 Keep = Callable[[Mapping[str, Any]], None]
 
 
@@ -117,10 +123,9 @@ def _evaluated(
     """What lm-eval finds, and the tasks that were asked."""
     import torch
     from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import get_task_dict
 
     try:
-        tree = get_task_dict([task.name], harness)
+        tree = tree_of([task.name], harness)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ScoreError(f"task {task.name}: its documents cannot be had: {reason}") from None

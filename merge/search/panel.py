@@ -16,7 +16,7 @@ import numpy as np
 from merge.agreement import canonical
 from merge.errors import RequestError, ScoreError
 from merge.score import Suite, Task, task_manager
-from merge.score.harness import leaves, matching
+from merge.score.harness import leaves, matching, tree_of
 from merge.score.running import set_examples
 from merge.search.documents import (
     APART,
@@ -231,11 +231,9 @@ def _documents(suite: Suite, task: Task) -> list[Mapping[str, Any]]:
 
 def _lm_eval_tasks(suite: Suite, tasks: Sequence[Task]) -> dict[str, Any]:
     """lm-eval's tasks by name, with as many solved examples as the suite says; RequestError for a group."""
-    from lm_eval.tasks import get_task_dict
-
     harness, found = task_manager(suite), {}
     for task in tasks:
-        parts = list(leaves(get_task_dict(matching(task.name, harness), harness)))
+        parts = list(leaves(tree_of(matching(task.name, harness), harness)))
         if len(parts) != 1:
             within = ", ".join(part.config.task for part in parts[:3])
             raise RequestError(

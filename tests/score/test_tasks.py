@@ -17,7 +17,7 @@ from ran import Ran
 from merge.errors import RequestError, ScoreError
 from merge.pipeline import run_recipe
 from merge.score import Conditions, score_models, table, tasks_by_name
-from merge.score.harness import leaves
+from merge.score.harness import leaves, tree_of
 from merge.score.models import candidate, loaded
 from merge.score.running import check_direction
 from merge.shipped import shipped
@@ -56,6 +56,8 @@ def test_the_metric_that_is_named_counts(tmp_path: Path) -> None:
     assert [t.metric for t in (*first.tasks, *named.tasks)] == ["acc,none", "acc_norm,none"]
     with pytest.raises(RequestError, match="letters has no metric 'f1'; it has acc, acc_norm"):
         tasks_by_name(["letters=f1"], [folder])
+    with pytest.raises(RequestError, match="task letters is named twice"):
+        tasks_by_name(["letters=acc", "letters=acc_norm"], [folder])
 
 
 def test_less_is_better_where_the_harness_says_so(tmp_path: Path) -> None:
@@ -346,3 +348,21 @@ def test_a_suite_in_a_folder_is_checked_before_a_merge(command: Command, tmp_pat
     assert ran.code == 2
     assert "task letters has no metric 'acc_nrm,none'" in ran.error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_what_a_task_draws_is_the_same_for_every_model_and_process(tmp_path: Path) -> None:
+    """As the order of choices of GPQA, by which a search knows its documents too."""
+    folder = choices_in(tmp_path / "mine", process_docs="FUNCTION")
+    file = folder / "letters.yaml"
+    file.write_text(file.read_text().replace("FUNCTION", "!function drawing.shuffled"))
+    (folder / "drawing.py").write_text(
+        "import random\nimport numpy\n\ndef drawn(document):\n"
+        "    return {'question': f'{random.random()} {numpy.random.random()}'}\n\n"
+        "def shuffled(documents):\n    return documents.map(drawn, load_from_cache_file=False)\n"
+    )
+    suite, harness = tasks_by_name(["letters"], [folder])
+    score_models([BASE], suite, labels=["base"], harness=harness, limit=1)
+    first, second = (
+        [[*task.eval_docs] for task in leaves(tree_of(["letters"], harness))] for _ in range(2)
+    )
+    assert first == second
