@@ -51,7 +51,7 @@ def score_models(
     model, task and document.
 
     Raises RequestError where lm-eval or a task is not there or a model must not run its code, ScoreError
-    where a model cannot be scored.
+    where a model cannot be scored, WriteError where samples cannot be written.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = conditions or Conditions()
@@ -70,7 +70,8 @@ def score_models(
 
 
 def _kept(file: Path | None) -> Keep:
-    """Writes what it is called with as a line of JSON, at once, into a file that must not be there yet."""
+    """What writes each row as a line of JSON, at once, into a file that must not be there yet; raises
+    RequestError, and WriteError as it writes."""
     if file is None:
         return lambda row: None
     try:
