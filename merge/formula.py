@@ -249,7 +249,9 @@ _REDUCED: dict[str, Callable[[Any], Any]] = {
     "columns": lambda v: v.sum(axis=0),
 }
 _ADDED = ("count", "columns")  # kinds whose results of two grains are added, not put in a row
-AT_ONCE = 64  # results of which a loop makes more than one grain's; 8 KiB of lanes for each and grain
+AT_ONCE = (
+    64  # results of which a loop makes more than one grain's; 8 KiB of lanes for each and grain
+)
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time, _one_trial = threading.Lock(), threading.Lock()
 _log = logging.getLogger("mergetool")

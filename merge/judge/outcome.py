@@ -29,8 +29,8 @@ class Share:
 
 
 def mean_of(sums: Sequence[float], sizes: Sequence[int] = ()) -> Share:
-    """Of values, one for each question, or of several for each: their sums and how many they are. Those of one
-    question depend on each other, so that the error is over questions; `count` is of all values."""
+    """Of values, one for each question, or of several for each: their sums and how many they are. Those of
+    one question depend on each other, so that the error is over questions; `count` is of all values."""
     sizes = sizes or [1] * len(sums)
     count, questions = sum(sizes), len(sums)
     if not count:

@@ -134,7 +134,7 @@ class Server:
         return self._shown(text) or self._shown(str(error.reason))
 
     def _shown(self, text: str) -> str:
-        """In one line, without the key, which some servers repeat; cut off last, as half of it is too much."""
+        """In one line, without the key, which some servers repeat; cut off last: half of it is too much."""
         told = " ".join(text.split())
         return printable((told.replace(self.key, "***") if self.key else told)[:200])
 

@@ -18,7 +18,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, str, Callable[[Any], str]], list[str]]:
+def noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[type, str, Callable[[Any], str]], list[str]]:
     """Notes calls of a method, by name: the list to which each adds what is said of its object."""
 
     def note(kind: type, name: str, said: Callable[[Any], str]) -> list[str]:
