@@ -1,17 +1,24 @@
 """The page and the files of a report on a search."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import yaml
 
+from merge.report.candidates import (
+    all_columns_of,
+    columns_of,
+    in_points,
+    recipe_text,
+    scores_of,
+    tasks_of,
+)
 from merge.report.charts import charts
 from merge.report.files import Report, csv_text
 from merge.report.importance import FEW, Importance, importance_of
 from merge.report.page import Cell, Html, details, figure, joined, page, paragraph, section, table
 from merge.report.pictures import Picture
 from merge.report.study import SPLITS, Entry, Search
-from merge.report.varied import label_of, short_names
+from merge.report.varied import short_names
 from merge.search.starts import is_searched
 
 MOST_LISTED = 1000  # candidates in the page's table; candidates.csv has all
@@ -25,7 +32,7 @@ def report_on(search: Search) -> Report:
     return Report(
         _page(search, importance, {picture.name: picture for picture in pictures}),
         tuple(pictures),
-        {"candidates.csv": csv_text(*_all_columns(search))},
+        {"candidates.csv": csv_text(*all_columns_of(search))},
         told,
     )
 
@@ -80,9 +87,9 @@ def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
     entries = [*search.top, *search.rivals]
     splits = [split for split in SPLITS if any(split in entry.splits for entry in entries)]
     head = ["candidate"] + [name for split in splits for name in (split, f"± {split}")]
-    tasks = _tasks(entries)
+    tasks = tasks_of(entries)
     rows = [
-        [_told(search, e), *_scores(e, splits), *(_points(e.tasks.get(t)) for t in tasks)]
+        [_told(search, e), *scores_of(e, splits), *(in_points(e.tasks.get(t)) for t in tasks)]
         for e in entries
     ]
     marked = [i for i, entry in enumerate(entries) if entry.number == search.winner]
@@ -122,22 +129,6 @@ def _told(search: Search, entry: Entry) -> str:
     return f"{entry.number}" + (" winner" if entry.number == search.winner else "")
 
 
-def _points(value: float | None) -> float | None:
-    return None if value is None else 100 * value
-
-
-def _scores(entry: Entry, splits: Sequence[str]) -> list[float | None]:
-    found: list[float | None] = []
-    for split in splits:
-        figures = entry.splits.get(split)
-        found += [_points(figures.mean), _points(figures.stderr)] if figures else [None, None]
-    return found
-
-
-def _tasks(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(task for entry in entries for task in entry.tasks))
-
-
 # -- further sections ----------------------------------------------------------------------------------
 
 
@@ -148,7 +139,7 @@ def _front(search: Search, pictures: Mapping[str, Picture]) -> Html:
         (e for e in search.entries if e.number in search.front), key=lambda e: e.objectives
     )
     rows = [
-        [_told(search, e), *(100 * value for value in e.objectives), *_scores(e, ["dev"])]
+        [_told(search, e), *(100 * value for value in e.objectives), *scores_of(e, ["dev"])]
         for e in entries
     ]
     head = ["candidate", *short_names(search.objectives), "dev", "± dev"]
@@ -211,12 +202,6 @@ def _kin(search: Search) -> list[tuple[int, str]]:
     return [(told.number, note) for told in top for note in told.kin]
 
 
-def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """A candidate as `mergetool run` takes it."""
-    text: str = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    return text
-
-
 def _failed(search: Search) -> Html:
     if not search.failed:
         return Html("")
@@ -245,13 +230,13 @@ def _how(search: Search) -> Html:
 
 
 def _candidates(search: Search) -> Html:
-    head, rows = _columns(search)
+    head, rows = columns_of(search)
     kept = rows[:MOST_LISTED]
     marked = [i for i, row in enumerate(kept) if row[0] == search.winner]
     told = "A click on a column's name sorts by it."
     if len(rows) > len(kept):
         told += f" The first {len(kept)} of {len(rows)}; candidates.csv has all."
-    numbers = 5 + len(_tasks(search.entries)) + 3
+    numbers = 5 + len(tasks_of(search.entries)) + 3
     digits = [1] * numbers + [4] * (len(head) - numbers)
     return section(
         "candidates",
@@ -259,69 +244,3 @@ def _candidates(search: Search) -> Html:
         paragraph(told, "faint"),
         table(head, kept, digits=digits, marked=marked, label="All candidates"),
     )
-
-
-def _columns(search: Search) -> tuple[list[str], list[list[Cell]]]:
-    """A row for each candidate, for people."""
-    tasks = _tasks(search.entries)
-    names = {d.name: label_of(d.name, search.data) for d in search.dimensions}
-    head = [
-        "number",
-        "origin",
-        "state",
-        "dev",
-        "± dev",
-        *short_names(tasks),
-        "cut off %",
-        "empty %",
-        "alike %",
-    ]
-    rows: list[list[Cell]] = []
-    for e in search.entries:
-        dev = e.dev
-        shares = [100 * s for s in (dev.truncated, dev.empty, dev.alike)] if dev else [None] * 3
-        values = [_shown_value(search, name, e) for name in names]
-        rows.append(
-            [
-                e.number, e.origin, e.state, *_scores(e, ["dev"]),
-                *(_points(e.tasks.get(t)) for t in tasks), *shares, *values,
-            ]
-        )  # fmt: skip
-    return [*head, *names.values()], rows
-
-
-def _shown_value(search: Search, name: str, entry: Entry) -> Cell:
-    """A value of a dimension; of a choice what was chosen."""
-    if name not in entry.asked:
-        return None
-    value = entry.asked[name]
-    dimension = next(d for d in search.dimensions if d.name == name)
-    labels = getattr(dimension, "labels", None)
-    return labels[int(value)] if labels else value
-
-
-def _all_columns(search: Search) -> tuple[list[str], list[list[Cell]]]:
-    """A row for each candidate, with everything, for machines: fractions, not points."""
-    tasks = _tasks(search.entries)
-    splits = [f"{split}_{key}" for split in SPLITS for key in ("mean", "stderr")]
-    shares = ["truncated", "empty", "alike"]
-    own = list(search.objectives) if search.own else []
-    names = [d.name for d in search.dimensions]
-    head = [
-        "number", "origin", "state", "ended", "front", *splits, *(f"task {t}" for t in tasks),
-        *(f"objective {n}" for n in own), *shares, "seconds", *names, "reason", "recipe",
-    ]  # fmt: skip
-    rows: list[list[Cell]] = []
-    for e in search.entries:
-        figures = [e.splits.get(split) for split in SPLITS]
-        scores = [v for f in figures for v in ((f.mean, f.stderr) if f else (None, None))]
-        rows.append(
-            [
-                e.number, e.origin, e.state, e.place, int(e.number in search.front), *scores,
-                *(e.tasks.get(t) for t in tasks),
-                *(e.objectives if own and e.objectives else [None] * len(own)),
-                *(getattr(e.dev, share) if e.dev else None for share in shares), e.seconds,
-                *(_shown_value(search, name, e) for name in names), e.reason, recipe_text(e.recipe),
-            ]
-        )  # fmt: skip
-    return head, rows

@@ -1,0 +1,95 @@
+"""The picture of what a search reached in several objectives."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.report.pictures import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    MARKERS,
+    ORANGE,
+    Picture,
+    drawn,
+    grid,
+    legend_below,
+    shown,
+)
+from merge.report.study import Entry, Search
+from merge.report.varied import short_names
+from merge.search.starts import is_searched
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def front_picture(search: Search) -> Picture | None:
+    names = search.objectives
+    entries = [e for e in search.entries if len(e.objectives) == len(names)]
+    if len(names) < 2 or not entries:
+        return None
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    across = min(len(pairs), 2)
+    down = -(-len(pairs) // across)
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots(down, across, squeeze=False)
+        for axis, (x, y) in zip(axes.flat, pairs, strict=False):
+            _one_front(axis, search, entries, x, y, only=len(names) == 2)
+        for axis in axes.flat[len(pairs) :]:
+            axis.set_visible(False)
+        legend_below(figure, axes[0][0])
+
+    listed = ", ".join(short_names(names))
+    points = len({e.objectives for e in entries if e.number in search.front})
+    told = f"{len(search.front)} candidates, at {points} different points, that no other one beats in all of "
+    told += f"{listed}; on dev."
+    if not search.own:
+        told += " The study itself maximised the mean of these tasks."
+    height = 5.4 if across == 1 else 0.8 + 3.2 * down
+    return drawn("front", "Pareto front", told, height, draw)
+
+
+def _one_front(
+    axes: "Axes", search: Search, entries: Sequence[Entry], x: int, y: int, *, only: bool
+) -> None:
+    def points(of: Sequence[Entry]) -> NDArray[np.float64]:
+        found = [(e.objectives[x], e.objectives[y]) for e in of]
+        return 100 * np.array(found, np.float64).reshape(-1, 2)
+
+    best = sorted((e for e in entries if e.number in search.front), key=lambda e: e.objectives[x])
+    others = [e for e in entries if e.number not in search.front and is_searched(e.origin)]
+    axes.plot(*points(others).T, "o", color=GREY, alpha=0.7, markersize=4.5, label="candidates")
+    if only:
+        axes.step(*points(best).T, where="pre", color=BLUE, linewidth=1.2, alpha=0.7)
+    axes.plot(*points(best).T, "o", color=BLUE, markersize=7, label="not beaten in all")
+    for at, label in _labels([e for e in best if is_searched(e.origin)]) if only else ():
+        offset = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(label, (100 * at[x], 100 * at[y]), **offset)  # type: ignore[arg-type]
+    for i, entry in enumerate(e for e in entries if not is_searched(e.origin)):
+        axes.plot(
+            *points([entry]).T, MARKERS[1 + i % (len(MARKERS) - 1)], markersize=8, linestyle="none",
+            color=(ORANGE, *COLOURS[2:])[i % 7], markeredgecolor=INK, markeredgewidth=0.6,
+            label=shown(entry.name, 24),
+        )  # fmt: skip
+    names = short_names(search.objectives)
+    axes.set_xlabel(f"{shown(names[x], 32)}, points")
+    axes.set_ylabel(f"{shown(names[y], 32)}, points")
+    axes.margins(0.08)
+    grid(axes)
+
+
+def _labels(entries: Sequence[Entry]) -> Iterator[tuple[tuple[float, ...], str]]:
+    """For each point the numbers of the candidates there, a few of them."""
+    found: dict[tuple[float, ...], list[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.objectives, []).append(entry.name)
+    for at, names in found.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield at, ", ".join(names[:3]) + more
