@@ -7,7 +7,8 @@ import yaml
 
 from merge.report.page import Cell
 from merge.report.study import SPLITS, Entry, Search
-from merge.report.varied import label_of, short_names
+from merge.report.varied import label_of
+from merge.search.front import short_names
 
 
 def columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
@@ -15,16 +16,9 @@ def columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
     tasks = tasks_of(search.entries)
     names = {d.name: label_of(d.name, search.data) for d in search.dimensions}
     head = [
-        "number",
-        "origin",
-        "state",
-        "dev",
-        "± dev",
-        *short_names(tasks),
-        "cut off %",
-        "empty %",
-        "alike %",
-    ]
+        "number", "origin", "state", "dev", "± dev", *on_split("dev", tasks),
+        *("dev cut off %", "dev empty %", "dev alike %"),
+    ]  # fmt: skip
     rows: list[list[Cell]] = []
     for e in search.entries:
         dev = e.dev
@@ -88,6 +82,11 @@ def scores_of(entry: Entry, splits: Sequence[str]) -> list[float | None]:
         figures = entry.splits.get(split)
         found += [in_points(figures.mean), in_points(figures.stderr)] if figures else [None, None]
     return found
+
+
+def on_split(split: str, names: Sequence[str]) -> list[str]:
+    """Headings of columns of tasks or objectives on a split."""
+    return [f"{split} {name}" for name in short_names(names)]
 
 
 def tasks_of(entries: Sequence[Entry]) -> list[str]:

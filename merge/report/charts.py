@@ -1,6 +1,6 @@
 """The pictures of a search."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,7 +118,7 @@ def _progress(search: Search) -> Picture | None:
             linewidth=2,
             label="best so far",
         )
-        _lines_of_rivals(axes, search.rivals)
+        _lines_of_rivals(axes, search)
         early = [(i, e.dev) for i, e in enumerate(tried, 1) if e.state == "pruned"]
         if shown_early := [(i, 100 * figures.mean) for i, figures in early if figures]:
             axes.plot(
@@ -139,26 +139,20 @@ def _progress(search: Search) -> Picture | None:
     return drawn("progress", "Progress", told, 4.2, draw)
 
 
-def _lines_of_rivals(axes: "Axes", rivals: Sequence[Entry]) -> None:
+def _lines_of_rivals(axes: "Axes", search: Search) -> None:
     """The best parent and the average as lines with names, other parents faint."""
-    parents = sorted(
-        (e for e in rivals if e.origin != "average"), key=lambda e: -e.splits["dev"].mean
-    )
-    for entry in rivals:
+    best, split = search.best_parent or (None, "")
+    others = "other parents"
+    for entry in sorted(search.rivals, key=lambda each: each is not best):
+        how: dict[str, Any] = {"color": GREEN, "linestyle": ":", "linewidth": 1.8}
         if entry.origin == "average":
-            axes.axhline(
-                100 * entry.splits["dev"].mean, color=ORANGE, linestyle="--", label="average"
-            )
-    for i, entry in enumerate(parents):
-        how: dict[str, Any] = {"color": GREEN, "linestyle": ":", "linewidth": 1.0 if i else 1.8}
-        label = (
-            f"best parent, {shown(entry.name, 24)}"
-            if i == 0
-            else "other parents"
-            if i == 1
-            else None
-        )
-        axes.axhline(100 * entry.splits["dev"].mean, alpha=0.5 if i else 1.0, label=label, **how)
+            how |= {"color": ORANGE, "linestyle": "--", "linewidth": 1.5, "label": "average"}
+        elif entry is best:
+            how["label"] = f"best parent on {split}, {shown(entry.name, 24)}"
+        else:
+            how |= {"linewidth": 1.0, "alpha": 0.5, "label": others}
+            others = "_"  # of several lines alike the legend has one
+        axes.axhline(100 * entry.splits["dev"].mean, **how)
 
 
 # -- answers -------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def _name_of_study(what: str, url: str | None, name: str | None) -> str:
 
 def _of_study(what: str, url: str | None, name: str) -> "Report":
     """Of the database in the folder `what`, or of the one at `url`."""
-    from merge.report.study import read_search
+    from merge.report.reading import read_search
     from merge.report.study_page import report_on
     from merge.search.ledger import Ledger
     from merge.search.opening import DATABASE

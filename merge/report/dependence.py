@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from merge.report.importance import Importance
 from merge.report.pictures import COLOURS, INK, Picture, drawn, grid, legend_below, shown
 from merge.report.study import Entry, Search
-from merge.report.varied import label_of, short_names
+from merge.report.varied import label_of
+from merge.search.front import short_names
 from merge.search.space import Choice, Dimension
 
 if TYPE_CHECKING:

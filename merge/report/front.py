@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from merge.printing import counted
 from merge.report.pictures import (
     BLUE,
     COLOURS,
@@ -21,7 +22,7 @@ from merge.report.pictures import (
     shown,
 )
 from merge.report.study import Entry, Search
-from merge.report.varied import short_names
+from merge.search.front import short_names, words_of_front
 from merge.search.starts import is_searched
 
 if TYPE_CHECKING:
@@ -47,9 +48,11 @@ def front_picture(search: Search) -> Picture | None:
         legend_below(figure, axes[0][0])
 
     listed = ", ".join(short_names(names))
-    points = len({e.objectives for e in entries if e.number in search.front})
-    told = f"{len(search.front)} candidates, at {points} different points, that no other one beats in all of "
-    told += f"{listed}; on dev."
+    candidates, baselines = search.on_front
+    places = counted(len({e.objectives for e in candidates}), "place")
+    told = f"No other one beats these in all of {listed} on dev: "
+    told += f"{words_of_front(len(candidates), [e.name for e in baselines])}"
+    told += f"; the candidates lie at {places}." if candidates else "."
     if not search.own:
         told += " The study itself maximised the mean of these tasks."
     height = 5.4 if across == 1 else 0.8 + 3.2 * down
@@ -64,12 +67,15 @@ def _one_front(
         return 100 * np.array(found, np.float64).reshape(-1, 2)
 
     best = sorted((e for e in entries if e.number in search.front), key=lambda e: e.objectives[x])
+    found = [e for e in best if is_searched(e.origin)]
     others = [e for e in entries if e.number not in search.front and is_searched(e.origin)]
-    axes.plot(*points(others).T, "o", color=GREY, alpha=0.7, markersize=4.5, label="candidates")
+    axes.plot(
+        *points(others).T, "o", color=GREY, alpha=0.7, markersize=4.5, label="other candidates"
+    )
     if only:
         axes.step(*points(best).T, where="pre", color=BLUE, linewidth=1.2, alpha=0.7)
-    axes.plot(*points(best).T, "o", color=BLUE, markersize=7, label="not beaten in all")
-    for at, label in _labels([e for e in best if is_searched(e.origin)]) if only else ():
+    axes.plot(*points(found).T, "o", color=BLUE, markersize=7, label="candidates not beaten in all")
+    for at, label in _labels(found) if only else ():
         offset = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(label, (100 * at[x], 100 * at[y]), **offset)  # type: ignore[arg-type]
     for i, entry in enumerate(e for e in entries if not is_searched(e.origin)):
@@ -79,8 +85,8 @@ def _one_front(
             label=shown(entry.name, 24),
         )  # fmt: skip
     names = short_names(search.objectives)
-    axes.set_xlabel(f"{shown(names[x], 32)}, points")
-    axes.set_ylabel(f"{shown(names[y], 32)}, points")
+    axes.set_xlabel(f"dev {shown(names[x], 32)}, points")
+    axes.set_ylabel(f"dev {shown(names[y], 32)}, points")
     axes.margins(0.08)
     grid(axes)
 

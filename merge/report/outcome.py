@@ -21,13 +21,15 @@ ANEW = "run the search again, which goes on to the same end"
 @dataclass(frozen=True)
 class Figures:
     """What a candidate reached on one split. `mean`: over tasks, with its standard error, NaN where it has
-    none. `truncated`, `empty`, `alike`: shares of its answers, see search.panel.Marks."""
+    none. `truncated`, `empty`, `alike`: shares of its answers, see search.panel.Marks. `objectives`: what it
+    reached in each of the study, none where the split has other tasks."""
 
     mean: float
     stderr: float
     truncated: float
     empty: float
     alike: float
+    objectives: Mapping[str, float]
 
 
 class _Read(BaseModel):
@@ -48,11 +50,12 @@ class Split(_Read):
     truncated: FiniteFloat
     empty: FiniteFloat
     alike: FiniteFloat
+    objectives: dict[str, FiniteFloat] = {}
 
     @property
     def figures(self) -> Figures:
         error = math.nan if self.stderr is None else self.stderr
-        return Figures(self.mean, error, self.truncated, self.empty, self.alike)
+        return Figures(self.mean, error, self.truncated, self.empty, self.alike, self.objectives)
 
 
 class Told(_Read):
@@ -93,7 +96,6 @@ class Outcome(_Read):
     top: list[Told]
     rivals: list[Told]
     verdict: Verdict | None = None
-    average_is_as_good: bool = False
     winners_tested: int = 1
     told: dict[str, Any]
 

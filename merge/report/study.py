@@ -1,26 +1,18 @@
-"""What a report tells of a search: candidates, what varied, what came out; from ledger and outcome.json."""
+"""What a report tells of a search: candidates, what varied, what came out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from merge.errors import RequestError
-from merge.lines import Lines
-from merge.report.outcome import Figures, Outcome, check_belongs, read_outcome
-from merge.report.varied import dimensions_of, values_among
-from merge.search.front import non_dominated, objectives_of, values_of
+from merge.printing import counted
+from merge.report.outcome import Figures, Outcome
 from merge.search.sections import StudySection
-from merge.search.space import Dimension, Space
+from merge.search.space import Dimension
 from merge.search.starts import is_searched
-
-if TYPE_CHECKING:
-    from merge.search.ledger import Candidate, Ledger
+from merge.search.tried import name_of
+from merge.search.verdict import words_on_baselines
 
 SPLITS = ("dev", "val", "test")
-MOST_OBJECTIVES = 4  # tasks that are shown against each other where the study names no objectives
 BEST = 5  # that are shown of a study that has not ended
 
 
@@ -45,7 +37,7 @@ class Entry:
     @property
     def name(self) -> str:
         """The number of one that was asked for, the name of a parent, or `average`."""
-        return str(self.number) if is_searched(self.origin) else self.origin.removeprefix("parent ")
+        return str(self.number) if is_searched(self.origin) else name_of(self.origin)
 
     @property
     def dev(self) -> Figures | None:
@@ -60,8 +52,8 @@ class Entry:
 @dataclass(frozen=True)
 class Search:
     """A study so far. `objectives`: what candidates are compared in; `own`: whether the study names them, or
-    they are its tasks. `front`: numbers of candidates that no other one beats in all of them. `outcome`: what
-    outcome.json tells, None where the study has not ended yet."""
+    they are its tasks. `front`: numbers of candidates and baselines that no other one beats in all of them on
+    dev. `outcome`: what outcome.json tells, None where the study has not ended yet."""
 
     name: str
     begun_with: str
@@ -84,6 +76,37 @@ class Search:
     def rivals(self) -> list[Entry]:
         """Parents and average, as far as they were scored."""
         return [e for e in self.entries if not is_searched(e.origin) and e.scored]
+
+    @property
+    def best_parent(self) -> tuple[Entry, str] | None:
+        """The parent that is best on val, with which the winner is compared, or on dev before the end; and
+        the split."""
+        parents = [entry for entry in self.rivals if entry.origin != "average"]
+        if not parents:
+            return None
+        split = "val" if all("val" in entry.splits for entry in parents) else "dev"
+        return max(parents, key=lambda e: (e.splits[split].mean, -e.number)), split
+
+    @property
+    def words(self) -> list[str]:
+        """What came out in sentences, as the search told it: baselines as good as the winner, the verdict."""
+        if self.outcome is None:
+            return []
+        test = {e.number: e.splits["test"].mean for e in self.entries if "test" in e.splits}
+        baselines = [(e.name, test[e.number]) for e in self.rivals if e.number in test]
+        won, verdict = self.outcome.winner.number, self.outcome.verdict
+        said = words_on_baselines(f"candidate {won}", test[won], baselines) if won in test else ""
+        told = verdict.words if verdict else "no parent could be scored, so there is no comparison"
+        return [*([said] if said else []), told]
+
+    @property
+    def on_front(self) -> tuple[list[Entry], list[Entry]]:
+        """Candidates, and baselines, that no other one beats in all objectives, on dev."""
+        best = sorted(
+            (e for e in self.entries if e.number in self.front), key=lambda e: e.objectives
+        )
+        searched = [e for e in best if is_searched(e.origin)]
+        return searched, [e for e in best if not is_searched(e.origin)]
 
     @property
     def winner(self) -> int | None:
@@ -121,18 +144,19 @@ class Search:
     @property
     def status(self) -> str:
         """How far the study is, as a sentence."""
-        tried = sum(is_searched(e.origin) and e.place is not None for e in self.entries)
-        count = f"{tried} candidates were tried beside {len(self.rivals)} baselines"
-        if self.given_up:
-            count += f", {len(self.given_up)} of them given up early"
+        tried = [e for e in self.entries if is_searched(e.origin) and e.place is not None]
+        failed = sum(entry.state == "failed" for entry in tried)
+        apart = [f"{len(self.given_up)} given up early"] * bool(self.given_up)
+        apart += [f"{failed} not scored"] * bool(failed)
+        count = f"{counted(len(tried), 'candidate')} tried"
+        count += f" ({', '.join(apart)})" if apart else ""
+        count += f" beside {counted(len(self.rivals), 'baseline')}"
         if self.outcome is None and not self.open and any("test" in e.splits for e in self.entries):
             return f"This search has ended, and the folder of a run of it tells how: {count}."
         if self.outcome is None:
-            return f"This search is running or was cut off: {count}, {len(self.open)} are open."
+            return f"This search is running or was cut off: {count}, {len(self.open)} open."
         if self.open:
-            return (
-                f"This search goes on after it had ended once: {count}, {len(self.open)} are open."
-            )
+            return f"This search goes on after it had ended once: {count}, {len(self.open)} open."
         return f"This search has ended: {count}."
 
     def as_json(self) -> dict[str, Any]:
@@ -154,140 +178,3 @@ class Search:
         rest = {key: value for key, value in vars(entry).items() if key != "splits"}
         reached = dict(zip(self.objectives, entry.objectives, strict=False))
         return {**rest, "name": entry.name, "objectives": reached, **splits}
-
-
-def read_search(ledger: "Ledger", name: str, folder: Path | None) -> Search:
-    """The study of a ledger, with outcome.json of its folder where it has ended; raises RequestError."""
-    facts = ledger.facts()
-    section = _section(facts, name)
-    candidates = ledger.all()
-    outcome = None if folder is None else read_outcome(folder)
-    if outcome and folder:
-        check_belongs(outcome, candidates, name, folder)
-    tasks = sorted({t for c in candidates if c.scores for t in c.scores["tasks"]})
-    objectives = _objectives(section, tasks)
-    later = _splits_of(outcome) if folder else _looks(ledger)
-    dimensions, values = _varied(facts["recipe"], candidates, name)
-    entries = tuple(
-        _entry(c, later.get(c.number, {}), section, objectives, asked)
-        for c, asked in zip(candidates, values, strict=True)
-    )
-    return Search(
-        name,
-        str(facts.get("begun_with", "")),
-        section,
-        facts["recipe"],
-        dimensions,
-        entries,
-        objectives,
-        bool(section.objectives),
-        _front(entries, len(objectives)),
-        outcome,
-    )
-
-
-def _section(facts: Mapping[str, Any], name: str) -> StudySection:
-    from pydantic import ValidationError
-
-    try:
-        kept = dict(facts["study"])
-        if kept.get("tasks"):
-            kept.pop("suite", None)  # its default, which counts for nothing beside tasks
-        return StudySection(**kept)
-    except (KeyError, TypeError, ValidationError):
-        raise _of_another_version(name) from None
-
-
-def _varied(
-    data: Mapping[str, Any], candidates: Sequence["Candidate"], name: str
-) -> tuple[tuple[Dimension, ...], list[dict[str, float]]]:
-    """What varies, and what each candidate has of it; raises RequestError."""
-    space = Space(data, Lines("study", {}))
-    dimensions = dimensions_of(space)
-    try:
-        return dimensions, [values_among(space, dimensions, c.asked) for c in candidates]
-    except KeyError:
-        raise _of_another_version(name) from None
-
-
-def _of_another_version(study: str) -> RequestError:
-    what = "was begun by another version; report with the one that it was begun with"
-    return RequestError(f"study {study!r}: {what}")
-
-
-def _objectives(section: StudySection, tasks: Sequence[str]) -> tuple[str, ...]:
-    """What candidates are compared in: the study's objectives, or its tasks where they are few."""
-    return tuple(objectives_of(section)) or (
-        tuple(tasks) if 1 < len(tasks) <= MOST_OBJECTIVES else ()
-    )
-
-
-def _splits_of(outcome: Outcome | None) -> dict[int, dict[str, Figures]]:
-    """What outcome.json tells of val and test, by number."""
-    return {told.number: told.later for told in reversed(outcome.every if outcome else [])}
-
-
-def _looks(ledger: "Ledger") -> dict[int, dict[str, Figures]]:
-    """What the ledger tells of val and test, by number."""
-    from merge.search.outcome import errors_of
-
-    found: dict[int, dict[str, Figures]] = {}
-    for split in ("val", "test"):
-        for number, scores in ledger.looks(split).items():
-            figures = _figures({**scores, "stderr": errors_of(scores)})
-            found.setdefault(number, {})[split] = figures
-    return found
-
-
-def _figures(told: Mapping[str, Any]) -> Figures:
-    return Figures(
-        float(told["mean"]),
-        float(told["stderr"]),
-        *(float(told[share]) for share in ("truncated", "empty", "alike")),
-    )
-
-
-def _entry(
-    candidate: "Candidate",
-    later: Mapping[str, Figures],
-    section: StudySection,
-    objectives: Sequence[str],
-    asked: Mapping[str, float],
-) -> Entry:
-    from merge.search.outcome import errors_of
-
-    scores = candidate.scores
-    splits = dict(later)
-    if scores:
-        splits["dev"] = _figures({**scores, "stderr": errors_of(scores)})
-    return Entry(
-        candidate.number,
-        candidate.origin,
-        candidate.state,
-        candidate.ended,
-        splits,
-        dict(scores["tasks"]) if scores else {},
-        _reached(candidate, section, objectives),
-        asked,
-        candidate.recipe,
-        candidate.seconds,
-        candidate.reason,
-    )
-
-
-def _reached(
-    candidate: "Candidate", section: StudySection, objectives: Sequence[str]
-) -> tuple[float, ...]:
-    if candidate.state != "done" or candidate.scores is None:
-        return ()
-    if section.objectives:
-        return values_of(section, candidate.scores)
-    return tuple(float(candidate.scores["tasks"][task]) for task in objectives)
-
-
-def _front(entries: Sequence[Entry], objectives: int) -> frozenset[int]:
-    known = [entry for entry in entries if len(entry.objectives) == objectives > 1]
-    if not known:
-        return frozenset()
-    best = non_dominated(np.array([entry.objectives for entry in known], np.float64))
-    return frozenset(entry.number for entry, is_best in zip(known, best, strict=True) if is_best)

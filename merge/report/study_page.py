@@ -1,6 +1,6 @@
 """The page and the files of a report on a search."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import yaml
 
@@ -8,6 +8,7 @@ from merge.report.candidates import (
     all_columns_of,
     columns_of,
     in_points,
+    on_split,
     recipe_text,
     scores_of,
     tasks_of,
@@ -18,7 +19,6 @@ from merge.report.importance import FEW, Importance, importance_of
 from merge.report.page import Cell, Html, details, figure, joined, page, paragraph, section, table
 from merge.report.pictures import Picture
 from merge.report.study import SPLITS, Entry, Search
-from merge.report.varied import short_names
 from merge.search.starts import is_searched
 
 MOST_LISTED = 1000  # candidates in the page's table; candidates.csv has all
@@ -59,14 +59,8 @@ def _head(search: Search) -> Html:
     if outcome is None:
         waiting = "No winner is told here: the best are compared on val and test in the end."
         return joined([paragraph(search.status, "faint"), paragraph(waiting, "say")])
-    verdict = outcome.verdict
-    what = verdict.words if verdict else "No parent could be scored, so there is no comparison"
-    parts = [
-        paragraph(search.status, "faint"),
-        paragraph(f"{what[:1].upper()}{what[1:]}.", "say"),
-    ]
-    if outcome.average_is_as_good:
-        parts.append(paragraph("The plain average of its parents is as good or better on test."))
+    words = " ".join(f"{what[:1].upper()}{what[1:]}." for what in search.words)
+    parts = [paragraph(search.status, "faint"), paragraph(words, "say")]
     if outcome.winners_tested > 1:
         what = f"Test was looked at for {outcome.winners_tested} winners of this study, one after the other; "
         parts.append(paragraph(f"{what}the last is a little worse than it looks there."))
@@ -86,24 +80,41 @@ def _pictured(pictures: Mapping[str, Picture], name: str, heading: str) -> Html:
 def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
     entries = [*search.top, *search.rivals]
     splits = [split for split in SPLITS if any(split in entry.splits for entry in entries)]
-    head = ["candidate"] + [name for split in splits for name in (split, f"± {split}")]
-    tasks = tasks_of(entries)
-    rows = [
-        [_told(search, e), *scores_of(e, splits), *(in_points(e.tasks.get(t)) for t in tasks)]
+    chosen, tasks = _objectives_on_val(search, entries), tasks_of(entries)
+    rows: list[list[Cell]] = [
+        [
+            _told(search, e), *_on_val(e, chosen), *scores_of(e, splits),
+            *(in_points(e.tasks.get(t)) for t in tasks),
+        ]
         for e in entries
-    ]
+    ]  # fmt: skip
+    head = [
+        "candidate", *on_split("val", chosen), *(n for s in splits for n in (s, f"± {s}")),
+        *on_split("dev", tasks),
+    ]  # fmt: skip
     marked = [i for i, entry in enumerate(entries) if entry.number == search.winner]
-    told = "Mean over tasks in points (100 is all right), ± one standard error; tasks on dev."
+    told = "Mean over tasks in points (100 is all right), ± one standard error."
     if search.outcome is None:
         told += f" The best on dev so far, {len(search.top)} of {len(search.searched)}, and the baselines."
     parts = [
         paragraph(told, "faint"),
-        table([*head, *short_names(tasks)], rows, marked=marked, label="Leaderboard"),
+        table(head, rows, marked=marked, label="Leaderboard"),
         _test(search),
     ]
     if "comparison" in pictures:
         parts.append(figure(pictures["comparison"]))
     return section("beside", "Leaderboard", *parts)
+
+
+def _objectives_on_val(search: Search, entries: Sequence[Entry]) -> list[str]:
+    """The study's objectives, as far as they are known on val."""
+    known = {n for e in entries if "val" in e.splits for n in e.splits["val"].objectives}
+    return [name for name in search.objectives if name in known]
+
+
+def _on_val(entry: Entry, objectives: Sequence[str]) -> list[float | None]:
+    reached = entry.splits["val"].objectives if "val" in entry.splits else {}
+    return [in_points(reached.get(name)) for name in objectives]
 
 
 def _test(search: Search) -> Html:
@@ -135,19 +146,24 @@ def _told(search: Search, entry: Entry) -> str:
 def _front(search: Search, pictures: Mapping[str, Picture]) -> Html:
     if "front" not in pictures:
         return Html("")
-    entries = sorted(
-        (e for e in search.entries if e.number in search.front), key=lambda e: e.objectives
-    )
-    rows = [
-        [_told(search, e), *(100 * value for value in e.objectives), *scores_of(e, ["dev"])]
+    searched, baselines = search.on_front
+    entries = [*searched, *baselines]
+    chosen = _objectives_on_val(search, entries)
+    rows: list[list[Cell]] = [
+        [
+            _told(search, e), *(100 * value for value in e.objectives), *_on_val(e, chosen),
+            *scores_of(e, ["dev"]),
+        ]
         for e in entries
-    ]
-    head = ["candidate", *short_names(search.objectives), "dev", "± dev"]
+    ]  # fmt: skip
+    head = [
+        "candidate", *on_split("dev", search.objectives), *on_split("val", chosen), "dev", "± dev",
+    ]  # fmt: skip
     return section(
         "front",
         "Pareto front",
         figure(pictures["front"]),
-        table(head, rows, label="Candidates of the front"),
+        table(head, rows, label="Candidates and baselines of the front"),
     )
 
 

@@ -1,6 +1,5 @@
 """What varies in a search, what a candidate has of it, and how people call it."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,16 +45,6 @@ def label_of(name: str, data: Mapping[str, Any]) -> str:
         elif part != "parameters":
             said.append(part)
     return " ".join(said)
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the words that all of them begin with."""
-    if len(names) < 2:
-        return list(names)
-    split = [name.split("_") for name in names]
-    words = zip(*(parts[:-1] for parts in split), strict=False)
-    alike = len(list(itertools.takewhile(lambda each: len(set(each)) == 1, words)))
-    return ["_".join(parts[alike:]) for parts in split]
 
 
 def _within(value: Any, part: str) -> Any:

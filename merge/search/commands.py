@@ -91,7 +91,9 @@ def sweep(recipe: str, **given: Any) -> None:
 
 def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> None:
     from merge.cli import find_recipe
+    from merge.search.front import words_of_front
     from merge.search.opening import open_study
+    from merge.search.tried import name_of
 
     file = find_recipe(recipe)
     folder = given["output"] or Path("out") / file.stem
@@ -123,14 +125,14 @@ def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> Non
         documents = sum(outcome.saved.values())
         click.echo(f"candidates given up: {len(outcome.saved)}, documents saved: {documents}")
     if len(outcome.section.objectives) > 1:
-        click.echo(f"candidates that no other one beats in all objectives: {len(outcome.top)}")
-    if outcome.verdict:
-        click.echo(outcome.verdict.words)
+        candidates, baselines = outcome.front
+        found = words_of_front(len(candidates), [name_of(c.origin) for c in baselines])
+        click.echo(f"no other one beats these in all objectives on dev: {found}")
+    for said in outcome.words:
+        click.echo(said)
     if outcome.winners > 1:
         what = f"this study has had {outcome.winners} winners, and each was measured on test"
         click.echo(f"{what}; who goes on until test looks good has chosen by it")
-    if outcome.average_is_as_good:
-        click.echo("the plain average of its parents is as good or better there")
     click.echo(
         f"recipes of the best, for `mergetool run RECIPE --output FOLDER`: {folder / 'recipes'}"
     )
@@ -232,17 +234,19 @@ def how_found(outcome: "Outcome", candidate: "Candidate") -> str:
 def leaderboard(outcome: "Outcome") -> str:
     """The best, the parents and their average: on what was searched, chosen with, and kept for the end; what
     each reaches in the objectives of the study, on val."""
+    from merge.search.front import reached, short_names
     from merge.search.starts import is_searched
 
-    named = list(outcome.objectives(outcome.val[outcome.winner.number]))
-    rows = [["candidate", *named, "dev", "val", "test"]]
+    named = list(reached(outcome.section, outcome.val[outcome.winner.number]))
+    headed = [f"val {name}" for name in short_names(named)]
+    rows = [["candidate", *headed, "dev", "val", "test"]]
     for candidate in (*outcome.top, *outcome.rivals):
         number = candidate.number
         name = f"{number}" if is_searched(candidate.origin) else candidate.origin
         mark = " *" if number == outcome.winner.number else ""
         dev, val, test = candidate.scores, outcome.val.get(number), outcome.test.get(number)
-        reached = outcome.objectives(val).values() if val else ()
-        shown = [f"{100 * value:.1f}" for value in reached] or ["-"] * len(named)
+        values = reached(outcome.section, val).values() if val else ()
+        shown = [f"{100 * value:.1f}" for value in values] or ["-"] * len(named)
         rows.append([name, *shown, _cell(dev), _cell(val) + mark, _cell(test)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(_aligned(row, widths) for row in rows)

@@ -1,5 +1,6 @@
 """Several objectives: what a candidate reaches in each, and which candidates no other one beats in all."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from merge.printing import counted
 from merge.search.sections import ObjectiveSection, StudySection
 
 if TYPE_CHECKING:
@@ -44,6 +46,33 @@ def values_of(section: StudySection, scores: Mapping[str, Any]) -> tuple[float, 
     if not section.objectives:
         return (float(scores[MEAN]),)
     return tuple(_mean(each.tasks, scores["tasks"]) for each in section.objectives)
+
+
+def reached(section: StudySection, scores: Mapping[str, Any]) -> dict[str, float]:
+    """What a candidate with these scores reaches in each objective by its name; {} where the study has none,
+    or the split that they are of has other tasks."""
+    objectives = objectives_of(section)
+    if any(task not in scores["tasks"] for tasks in objectives.values() for task in tasks):
+        return {}
+    return dict(zip(objectives, values_of(section, scores), strict=bool(objectives)))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the words that all of them begin with."""
+    if len(names) < 2:
+        return list(names)
+    split = [name.split("_") for name in names]
+    words = zip(*(parts[:-1] for parts in split), strict=False)
+    alike = len(list(itertools.takewhile(lambda each: len(set(each)) == 1, words)))
+    return ["_".join(parts[alike:]) for parts in split]
+
+
+def words_of_front(candidates: int, baselines: Sequence[str]) -> str:
+    """Who is on a front: how many candidates of the search, and which baselines."""
+    others = (
+        f" and {counted(len(baselines), 'baseline')} ({', '.join(baselines)})" if baselines else ""
+    )
+    return f"{counted(candidates, 'candidate')}{others}"
 
 
 def non_dominated(values: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from merge.search.front import objectives_of, values_of
+from merge.search.front import front_of, reached
 from merge.search.ledger import Candidate
 from merge.search.places import moved
 from merge.search.sections import StudySection
-from merge.search.verdict import Values, Verdict, error_of
+from merge.search.starts import is_searched
+from merge.search.tried import name_of
+from merge.search.verdict import Values, Verdict, as_good, error_of, words_on_baselines
 from merge.write import writing
 
 
@@ -44,8 +46,30 @@ class Outcome:
     @property
     def average_is_as_good(self) -> bool:
         """Whether the average, which nobody had to search for, has as high a mean on test."""
-        means = [self.test[c.number]["mean"] for c in self.rivals if c.origin == "average"]
-        return any(mean >= self.test[self.winner.number]["mean"] for mean in means)
+        found = as_good(self._tested(self.winner), self._baselines)
+        return "average" in [name for name, _ in found]
+
+    @property
+    def words(self) -> list[str]:
+        """What came out in sentences, the weightiest first: baselines as good as the winner, the verdict."""
+        winner = f"candidate {self.winner.number}"
+        said = words_on_baselines(winner, self._tested(self.winner), self._baselines)
+        return [*([said] if said else []), *([self.verdict.words] if self.verdict else [])]
+
+    @property
+    def front(self) -> tuple[list[Candidate], list[Candidate]]:
+        """Candidates, and baselines, that no other one of the search beats on dev in all objectives."""
+        best = front_of([*self.top, *self.rivals], self.section)
+        searched = [c for c in best if is_searched(c.origin)]
+        return searched, [c for c in best if not is_searched(c.origin)]
+
+    @property
+    def _baselines(self) -> list[tuple[str, float]]:
+        """(name, mean on test) of parents and average."""
+        return [(name_of(c.origin), self._tested(c)) for c in self.rivals]
+
+    def _tested(self, candidate: Candidate) -> float:
+        return float(self.test[candidate.number]["mean"])
 
     def as_json(self) -> dict[str, Any]:
         """What came out, as JSON can tell it."""
@@ -79,15 +103,8 @@ class Outcome:
     def _figures(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         shares = {key: scores[key] for key in ("truncated", "empty", "alike")}
         figures = {"mean": scores["mean"], "stderr": errors_of(scores), **shares}
-        objectives = self.objectives(scores)
+        objectives = reached(self.section, scores)
         return figures | ({"objectives": objectives} if objectives else {})
-
-    def objectives(self, scores: Mapping[str, Any]) -> dict[str, float]:
-        """What a candidate reaches in each; {} where there are none, or the split has other tasks."""
-        objectives = objectives_of(self.section)
-        if any(task not in scores["tasks"] for tasks in objectives.values() for task in tasks):
-            return {}
-        return dict(zip(objectives, values_of(self.section, scores), strict=bool(objectives)))
 
     def save(self, folder: Path) -> None:
         """Writes outcome.json, and recipes/candidate-N.yaml of the best, which say the same from there;

@@ -37,6 +37,11 @@ def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "average", average | common | about_tokens
 
 
+def name_of(origin: str) -> str:
+    """What a baseline of that origin is called: as the parent, or `average`."""
+    return origin.removeprefix("parent ")
+
+
 def _merged_bases(
     value: Any, methods: Sequence[str] = (), bases: Sequence[str] = ()
 ) -> Iterator[str]:

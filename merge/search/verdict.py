@@ -1,7 +1,8 @@
-"""Whether the winner is better than the best parent: one paired test, on documents that chose nothing."""
+"""Whether the winner is better than the best parent: one paired test, on documents that chose nothing; and
+what was as good there without a search."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,15 @@ from merge.numerics import random_key
 
 RESAMPLES = 10_000
 LEVEL = 0.05
+ALIKE = 1e-12  # means that differ by less are sums of equal values in another order
 
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`difference`: of the means, with its 95 % interval. `p`: two-sided, of no difference."""
+    """`rival`: the parent that was best on val. `difference`: of the means, with its 95 % interval. `p`:
+    two-sided, of no difference."""
 
     winner: str
     rival: str
@@ -35,7 +38,10 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict as a sentence."""
-        points, parent = f"{100 * self.difference:+.1f} points", f"{self.rival}, the best parent"
+        points, parent = (
+            f"{100 * self.difference:+.1f} points",
+            f"{self.rival}, the best parent on val",
+        )
         interval = f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
         figures = f"{interval}, p = {self.p:.2g} by {self.test}"
         if self.significant:
@@ -73,6 +79,24 @@ def compared(
     if not any(map(np.any, differences.values())):
         p = 1.0
     return Verdict(winner, rival, mean, float(low), float(high), p, test, count)
+
+
+def as_good(winner: float, baselines: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Those of (name, mean) whose mean is as high as the winner's or higher, the best first."""
+    found = [each for each in baselines if each[1] >= winner - ALIKE]
+    return sorted(found, key=lambda each: -each[1])
+
+
+def words_on_baselines(winner: str, mean: float, baselines: Sequence[tuple[str, float]]) -> str:
+    """A sentence on (name, mean) of the baselines that are as good on test as the winner, whose mean there is
+    `mean`; empty where none is."""
+    found = [f"{name} {100 * each:.1f}" for name, each in as_good(mean, baselines)]
+    if not found:
+        return ""
+    what = (
+        f"{winner} is not better than what needed no search: on test it has {100 * mean:.1f} points"
+    )
+    return f"{what}, {', '.join(found)}"
 
 
 def mean_of(values: Mapping[str, Values], shares: Mapping[str, float]) -> float:

@@ -22,9 +22,11 @@ from merge.report.files import csv_text
 from merge.report.importance import importance_of
 from merge.report.outcome import read_outcome
 from merge.report.pictures import INK
-from merge.report.study import Search, read_search
+from merge.report.reading import read_search
+from merge.report.study import Search
 from merge.report.study_page import report_on
-from merge.report.varied import label_of, short_names
+from merge.report.varied import label_of
+from merge.search.front import short_names, words_of_front
 from merge.search.ledger import Ledger
 from merge.search.opening import NAME
 
@@ -47,6 +49,10 @@ def of_one_weight(a: float, b: float) -> dict[str, float]:
     return {"suite_one": round(a * a, 4)}
 
 
+def _url(folder: Path) -> str:
+    return f"sqlite:///{folder / 'study.db'}"
+
+
 def search_of(folder: Path, ledger: Ledger) -> Search:
     return read_search(ledger, "study", folder)
 
@@ -55,26 +61,36 @@ def search_of(folder: Path, ledger: Ledger) -> Search:
 
 
 class Told(HTMLParser):
-    """What a page consists of."""
+    """What a page consists of. `tables`: rows of cells by name."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
+        self.tables: dict[str | None, list[list[str]]] = {}
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+        if tag == "div":
+            self.rows = self.tables.setdefault(dict(attrs).get("aria-label"), [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.lasttag in ("td", "button"):
+            self.rows[-1][-1] += data.strip()
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a search for two objectives, made by the command."""
+    """The folder of a search for two objectives, made by the command; beside it terminal.txt, what that
+    said."""
     from click.testing import CliRunner
 
     from merge.cli import main
@@ -99,6 +115,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text(yaml.safe_dump(recipe))
     done = CliRunner().invoke(main, ["sweep", str(file), "--output", str(folder / "out")])
     assert done.exit_code == 0, done.output
+    (folder / "terminal.txt").write_text(done.output)
     return folder / "out"
 
 
@@ -129,14 +146,67 @@ def test_a_real_search_is_told_as_it_ended(real: Path, command: Command) -> None
     }
 
 
+def test_terminal_and_page_tell_the_same(real: Path) -> None:
+    """Under the same headings the same figures of the same candidates, and the same sentences."""
+    said = (real.parent / "terminal.txt").read_text().splitlines()
+    search = search_of(real, Ledger.existing(_url(real), NAME))
+    page = Told(report_on(search).page)
+    (head, *rows), count = page.tables["Leaderboard"], len(search.top) + len(search.rivals)
+    told = {row[0].removesuffix(" winner"): dict(zip(head, row, strict=True)) for row in rows}
+    names, *table = (re.split(r" {2,}", line.strip()) for line in said[: count + 1])
+    assert names == ["candidate", "val reverse", "val sort", "dev", "val", "test"]
+    assert {row[0] for row in table} == told.keys()
+    for first, *cells in table:
+        for name, cell in zip(names[1:], cells, strict=True):
+            mean, _, error = cell.removesuffix(" *").partition(" ± ")
+            assert told[first][name] == mean.replace("-", "–")
+            assert error == told[first][f"± {name}"] if error else True
+    searched, baselines = search.on_front
+    front = [
+        row[0].removesuffix(" winner")
+        for row in page.tables["Candidates and baselines of the front"]
+    ]
+    assert front == ["candidate", *(e.name for e in searched), *(e.origin for e in baselines)]
+    who = words_of_front(len(searched), [e.name for e in baselines])
+    assert f"no other one beats these in all objectives on dev: {who}" in said
+    assert all(words in said and words[1:] in page.text for words in search.words)
+
+
+def test_the_best_parent_is_one_and_the_same(real: Path, tmp_path: Path) -> None:
+    """The one that the winner was compared with, which val chose; before the end the best on dev."""
+    ended_one = search_of(real, Ledger.existing(_url(real), NAME))
+    assert ended_one.outcome is not None
+    assert ended_one.outcome.verdict is not None
+    assert ended_one.best_parent is not None
+    parent, split = ended_one.best_parent
+    assert (parent.name, split) == (ended_one.outcome.verdict.rival, "val")
+    assert f"{parent.name}, the best parent on val" in ended_one.words[-1]
+    of_second = lambda a, b: {"suite_one": b}  # noqa: E731
+    found = search_of(tmp_path / "s", written(tmp_path / "s", of_second, 2)).best_parent
+    assert found is not None
+    assert (found[0].name, found[1]) == ("hub/right", "dev")
+
+
+def test_baselines_as_good_as_the_winner_are_told_first(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    data = ended(folder, written(folder, of_one_weight), "candidate 2 is better than hub/left")
+    text = Told(report_on(search_of(folder, Ledger.existing(_url(folder), NAME))).page).text
+    told = "Candidate 2 is not better than what needed no search: on test it has 75.0 points, "
+    assert f"{told}hub/left 75.0, hub/right 75.0. Candidate 2 is better than hub/left." in text
+    for rival, mean in zip(data["rivals"], (0.5, 0.8), strict=True):
+        rival["test"] = {**rival["test"], "mean": mean}
+    (folder / "outcome.json").write_text(json.dumps(data))
+    text = Told(report_on(search_of(folder, Ledger.existing(_url(folder), NAME))).page).text
+    assert f"{told}hub/right 80.0. Candidate" in text
+
+
 def test_where_nothing_has_ended_it_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     ledger = written(folder, of_one_weight, waiting=2)
     search = search_of(folder, ledger)
     report = report_on(search)
     text = Told(report.page).text
-    assert "is running or was cut off: 24 candidates were tried" in text
-    assert "2 are open" in text
+    assert "is running or was cut off: 24 candidates tried beside 2 baselines, 2 open." in text
     assert "No winner is told here" in text
     assert search.top == search.searched[:5]
     assert "The best on dev so far, 5 of 24, and the baselines." in text
@@ -148,7 +218,7 @@ def test_where_nothing_has_ended_it_says_so(tmp_path: Path) -> None:
 def test_a_study_of_nothing_is_a_page_too(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     report = report_on(search_of(folder, written(folder, of_one_weight, count=0)))
-    assert "0 candidates were tried" in Told(report.page).text
+    assert "0 candidates tried" in Told(report.page).text
 
 
 def test_the_paired_test_and_the_failed_are_told(tmp_path: Path) -> None:
@@ -256,9 +326,12 @@ def test_conflicting_tasks_have_a_front_that_nothing_beats(tmp_path: Path) -> No
     assert search.front == best
     assert len(best) >= 5
     front = next(p for p in report_on(search).pictures if p.name == "front")
-    points = len({every[number] for number in best})
-    assert f"{len(best)} candidates, at {points} different points, that no" in front.told
-    assert "beats in all of left, right" in front.told
+    searched = best - {0, 1}
+    assert searched < best, "a parent is on it too"
+    places = len({every[number] for number in searched})
+    assert "in all of left, right on dev: " in front.told
+    assert f": {len(searched)} candidates and {len(best - searched)} baselines (" in front.told
+    assert f"the candidates lie at {places} places" in front.told
 
 
 def test_importance_goes_to_what_the_score_depends_on(tmp_path: Path) -> None:

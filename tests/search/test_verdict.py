@@ -11,7 +11,25 @@ from scipy.stats import binomtest
 
 from merge.errors import RequestError
 from merge.search.documents import identity, refuse_overlap, split_by_hash
-from merge.search.verdict import compared, error_of, mean_of
+from merge.search.verdict import as_good, compared, error_of, mean_of, words_on_baselines
+
+NAMED = st.lists(st.tuples(st.text("abc", min_size=1), st.floats(0, 1)), max_size=4)
+
+
+@given(st.floats(0, 1), NAMED)
+def test_every_baseline_as_good_as_the_winner_is_named(
+    mean: float, baselines: list[tuple[str, float]]
+) -> None:
+    found = as_good(mean, baselines)
+    assert sorted(found) == sorted(each for each in baselines if each[1] >= mean - 1e-12)
+    words = words_on_baselines("candidate 7", mean, baselines)
+    assert bool(words) == bool(found)
+    told = [f"{name} {100 * each:.1f}" for name, each in sorted(found, key=lambda e: -e[1])]
+    assert (
+        words.split(f"on test it has {100 * mean:.1f} points, ")[1:]
+        == [", ".join(told)][: len(found)]
+    )
+
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60)
 
