@@ -7,6 +7,7 @@ the page's policy allows no script but ours, by its digest, and nothing from els
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NewType
@@ -17,6 +18,10 @@ from merge.report.pictures import Picture
 Html = NewType("Html", str)
 Cell = str | float | int | None  # numbers are sorted as such; None and NaN are shown as a dash
 
+# figures that a line ends before or after, not within: p = 1e-9, +1.5 points, 95 %, 61.2 ± 0.4
+WHOLE = re.compile(
+    r"(p = [\d.e+-]{0,20}\d|(?<![\w.-])[+-]?\d[\d.]{0,15}(?: ± \d[\d.]{0,15}| (?:points|%)(?!\w)))"
+)
 SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
   const head = button.parentElement, body = head.closest("table").tBodies[0];
@@ -70,6 +75,7 @@ th button { font: inherit; font-weight: 600; color: inherit; background: none; b
   cursor: pointer; }
 th[aria-sort] button::after { content: " \\25BE"; }
 th[aria-sort="ascending"] button::after { content: " \\25B4"; }
+.whole { white-space: nowrap; }
 tr.mark { background: var(--mark); }
 details { margin: .5rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
@@ -85,6 +91,13 @@ def escaped(text: str) -> Html:
     return Html(escape(printable(text, "\n\t")))
 
 
+def prose(text: str) -> Html:
+    """Text as of `escaped`, whose figures with their signs and units stay on one line."""
+    pieces = [escaped(piece) for piece in WHOLE.split(text)]
+    pieces[1::2] = [Html(f"<span class=whole>{piece}</span>") for piece in pieces[1::2]]
+    return Html("".join(pieces))
+
+
 def joined(parts: Iterable[Html]) -> Html:
     return Html("\n".join(parts))
 
@@ -92,7 +105,7 @@ def joined(parts: Iterable[Html]) -> Html:
 def paragraph(text: str, kind: str = "") -> Html:
     """kind: `faint` for what is told beside, `say` for what matters most."""
     of_kind = f' class="{kind}"' if kind else ""
-    return Html(f"<p{of_kind}>{escaped(text)}</p>")
+    return Html(f"<p{of_kind}>{prose(text)}</p>")
 
 
 def section(identity: str, heading: str, *parts: Html) -> Html:
@@ -105,7 +118,7 @@ def figure(picture: Picture) -> Html:
     """A picture with what is to be seen on it."""
     label = escaped(f"{picture.title}: {picture.told}")
     element = picture.svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return Html(f"<figure>\n{element}\n<figcaption>{escaped(picture.told)}</figcaption>\n</figure>")
+    return Html(f"<figure>\n{element}\n<figcaption>{prose(picture.told)}</figcaption>\n</figure>")
 
 
 def details(summary: str, text: str) -> Html:

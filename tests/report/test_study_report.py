@@ -21,6 +21,7 @@ from studies import answered, ended, written
 from merge.report.files import csv_text
 from merge.report.importance import importance_of
 from merge.report.outcome import read_outcome
+from merge.report.page import prose
 from merge.report.pictures import INK
 from merge.report.reading import read_search
 from merge.report.study import Search
@@ -403,6 +404,14 @@ def test_text_of_others_is_shown_and_nothing_else(hostile: Path, command: Comman
     assert HOSTILE[0] in page.text
     assert HOSTILE[1] in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", page.text)
+
+
+def test_figures_stay_on_one_line_with_their_signs_and_units() -> None:
+    said = "by +12.5 points (95 % interval -17.1 to 2, p = 1.8e-19 by 'x-1.5'; 61.2 ± 0.4), p = 1."
+    spans = re.findall("<span class=whole>(.*?)</span>", prose(said))
+    assert spans == ["+12.5 points", "95 %", "p = 1.8e-19", "61.2 ± 0.4", "p = 1"]
+    for text in (said, *HOSTILE[:2], "&#39; 1 &amp;lt; 2 % 'p = 1", "9" * 400 + " % " + "1." * 400):
+        assert Told(prose(text)).text == text
 
 
 @pytest.mark.parametrize("formula", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1+1", "\n=1+1", " -1"])
