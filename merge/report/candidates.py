@@ -9,12 +9,12 @@ from merge.report.page import Cell
 from merge.report.study import SPLITS, Entry, Search
 from merge.report.varied import label_of
 from merge.search.front import short_names
+from merge.search.space import Choice, Dimension
 
 
 def columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
     """A row for each candidate, for people."""
     tasks = tasks_of(search.entries)
-    names = {d.name: label_of(d.name, search.data) for d in search.dimensions}
     head = [
         "number", "origin", "state", "dev", "± dev", *on_split("dev", tasks),
         *("dev cut off %", "dev empty %", "dev alike %"),
@@ -23,24 +23,22 @@ def columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
     for e in search.entries:
         dev = e.dev
         shares = [100 * s for s in (dev.truncated, dev.empty, dev.alike)] if dev else [None] * 3
-        values = [_shown_value(search, name, e) for name in names]
+        values = [_shown_value(d, e) for d in search.dimensions]
         rows.append(
             [
                 e.number, e.origin, e.state, *scores_of(e, ["dev"]),
                 *(in_points(e.tasks.get(t)) for t in tasks), *shares, *values,
             ]
         )  # fmt: skip
-    return [*head, *names.values()], rows
+    return [*head, *(label_of(d.name, search.data) for d in search.dimensions)], rows
 
 
-def _shown_value(search: Search, name: str, entry: Entry) -> Cell:
+def _shown_value(dimension: Dimension, entry: Entry) -> Cell:
     """A value of a dimension; of a choice what was chosen."""
-    if name not in entry.asked:
-        return None
-    value = entry.asked[name]
-    dimension = next(d for d in search.dimensions if d.name == name)
-    labels = getattr(dimension, "labels", None)
-    return labels[int(value)] if labels else value
+    value = entry.asked.get(dimension.name)
+    if value is None or not isinstance(dimension, Choice):
+        return value
+    return dimension.labels[int(value)]
 
 
 def all_columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
@@ -49,10 +47,10 @@ def all_columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
     splits = [f"{split}_{key}" for split in SPLITS for key in ("mean", "stderr")]
     shares = ["truncated", "empty", "alike"]
     own = list(search.objectives) if search.own else []
-    names = [d.name for d in search.dimensions]
     head = [
         "number", "origin", "state", "ended", "front", *splits, *(f"task {t}" for t in tasks),
-        *(f"objective {n}" for n in own), *shares, "seconds", *names, "reason", "recipe",
+        *(f"objective {n}" for n in own), *shares, "seconds",
+        *(d.name for d in search.dimensions), "reason", "recipe",
     ]  # fmt: skip
     rows: list[list[Cell]] = []
     for e in search.entries:
@@ -64,7 +62,7 @@ def all_columns_of(search: Search) -> tuple[list[str], list[list[Cell]]]:
                 *(e.tasks.get(t) for t in tasks),
                 *(e.objectives if own and e.objectives else [None] * len(own)),
                 *(getattr(e.dev, share) if e.dev else None for share in shares), e.seconds,
-                *(_shown_value(search, name, e) for name in names), e.reason, recipe_text(e.recipe),
+                *(_shown_value(d, e) for d in search.dimensions), e.reason, recipe_text(e.recipe),
             ]
         )  # fmt: skip
     return head, rows

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INTERVAL = 1.96  # standard errors on each side: 95 % of a normal distribution
+MOST_COMPARED = 40  # of the best, and of baselines
 SHARES = (
     ("truncated", "cut off at the limit"),
     ("empty", "empty"),
@@ -54,7 +55,8 @@ def charts(search: Search, importance: Importance) -> list[Picture]:
 
 
 def _compared(search: Search) -> Picture | None:
-    entries = [*search.top, *search.rivals]
+    top, rivals = search.top[:MOST_COMPARED], search.rivals[:MOST_COMPARED]
+    entries = [*top, *rivals]
     if not entries:
         return None
 
@@ -81,6 +83,8 @@ def _compared(search: Search) -> Picture | None:
     else:
         told = "The best on dev so far, plain average and parents with 95 % intervals (1.96 standard errors)."
         told += " The search sees dev, where the best of many look better than they are."
+    if len(top) < len(search.top):
+        told += f" {len(top)} of the {len(search.top)} best are shown."
     return drawn("comparison", "Beside parents and average", told, 1.4 + 0.42 * len(entries), draw)
 
 

@@ -60,7 +60,8 @@ def _place(what: str, study: str | None) -> Path:
 
     if study and "://" not in what:
         return Path(what) / "report"
-    told = study or Path(what).stem
+    place = Path(what).absolute()
+    told = study or (place.name if place.is_dir() else place.stem)  # a folder has no ending
     if study == NAME:  # as in every database of its own, which lies in the study's folder
         told = Path(what.partition(":///")[2]).absolute().parent.name
     kept = "".join(c if c.isalnum() or c in "-_" else "-" for c in told)

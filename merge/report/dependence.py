@@ -46,8 +46,9 @@ def importance_picture(search: Search, importance: Importance) -> Picture | None
         if count > 1:
             legend_below(figure, axes)
 
-    told = f"{importance.how} over {importance.candidates} candidates: what the dev score depends on among "
-    told += "those that were tried, not which way."
+    of = f"{importance.taken} of " if importance.taken < importance.candidates else ""
+    told = f"{importance.how} over {of}{importance.candidates} candidates: what the dev score depends on "
+    told += "among those that were tried, not which way."
     height = 1.2 + 0.36 * len(names) * max(1.0, 0.6 * len(importance.shares))
     return drawn("importance", "What the score depends on", told, height, draw)
 
@@ -116,7 +117,7 @@ def _height(entry: Entry, dimension: Dimension) -> float:
     low, high = dimension.low, dimension.high
     if dimension.log:
         low, high, value = np.log(low), np.log(high), np.log(value)
-    return float((value - low) / (high - low))
+    return float((value - low) / (high - low)) if low < high else 0.5
 
 
 def _axes_of(axes: "Axes", search: Search, dimensions: Sequence[Dimension]) -> None:

@@ -29,13 +29,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_PANELS = 12  # pairs of objectives
+MOST_LABELS = 30  # points with numbers of candidates
+
 
 def front_picture(search: Search) -> Picture | None:
     names = search.objectives
     entries = [e for e in search.entries if len(e.objectives) == len(names)]
     if len(names) < 2 or not entries:
         return None
-    pairs = list(itertools.combinations(range(len(names)), 2))
+    every = list(itertools.combinations(range(len(names)), 2))
+    pairs = every[:MOST_PANELS]
     across = min(len(pairs), 2)
     down = -(-len(pairs) // across)
 
@@ -55,6 +59,8 @@ def front_picture(search: Search) -> Picture | None:
     told += f"; the candidates lie at {places}." if candidates else "."
     if not search.own:
         told += " The study itself maximised the mean of these tasks."
+    if len(pairs) < len(every):
+        told += f" {len(pairs)} of {len(every)} pairs are shown; report.json has all."
     height = 5.4 if across == 1 else 0.8 + 3.2 * down
     return drawn("front", "Pareto front", told, height, draw)
 
@@ -69,13 +75,18 @@ def _one_front(
     best = sorted((e for e in entries if e.number in search.front), key=lambda e: e.objectives[x])
     found = [e for e in best if is_searched(e.origin)]
     others = [e for e in entries if e.number not in search.front and is_searched(e.origin)]
-    axes.plot(
-        *points(others).T, "o", color=GREY, alpha=0.7, markersize=4.5, label="other candidates"
-    )
+    if others:
+        axes.plot(
+            *points(others).T, "o", color=GREY, alpha=0.7, markersize=4.5, label="other candidates"
+        )
     if only:
         axes.step(*points(best).T, where="pre", color=BLUE, linewidth=1.2, alpha=0.7)
-    axes.plot(*points(found).T, "o", color=BLUE, markersize=7, label="candidates not beaten in all")
-    for at, label in _labels(found) if only else ():
+    if found:
+        axes.plot(
+            *points(found).T, "o", color=BLUE, markersize=7, label="candidates not beaten in all"
+        )
+    labels = list(_labels(found)) if only else []
+    for at, label in labels if len(labels) <= MOST_LABELS else ():
         offset = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(label, (100 * at[x], 100 * at[y]), **offset)  # type: ignore[arg-type]
     for i, entry in enumerate(e for e in entries if not is_searched(e.origin)):

@@ -1,11 +1,13 @@
 """The page and the files of a report on a merge."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from merge.printing import counted
 from merge.report.figures import OUTSIDE, Comparison, Tensor
 from merge.report.files import Report, csv_text
 from merge.report.merging import MODULES
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 FAINT = 0.1  # the least end of a scale to both sides of zero: noise shall look like it
 MOST_PANELS = 8  # of one picture
+MOST_ROWS = 64  # modules of one panel
 MOST_LISTED = 1500  # tensors in the page's table; tensors.csv has all
 Figured = Callable[[Sequence[Tensor]], float]  # a number for the tensors of a cell
 
@@ -103,7 +106,7 @@ def _cosines(found: Comparison) -> Picture:
     def figured(pair: tuple[str, str], tensors: Sequence[Tensor]) -> float:
         return found.pair(pair, tensors).cosine
 
-    pairs = sorted(found.pairs, key=lambda pair: -abs(found.pair(pair).cosine))
+    pairs = _largest_first({pair: abs(found.pair(pair).cosine) for pair in found.pairs})
     panels = [(_headed(pair), partial(figured, pair)) for pair in pairs]
     told = f"Cosines between {_compared(found)}: 1 where those of two models point the same way, 0 where "
     told += "they have nothing to do with each other."
@@ -117,13 +120,18 @@ def _signs(found: Comparison) -> Picture:
     def of_all(tensors: Sequence[Tensor]) -> float:
         return found.shared(tensors).conflict
 
-    pairs = sorted(found.pairs, key=lambda pair: -found.pair(pair).conflict)
+    pairs = _largest_first({pair: found.pair(pair).conflict for pair in found.pairs})
     panels: list[tuple[str, Figured]] = [(_headed(pair), partial(figured, pair)) for pair in pairs]
     if len(found.models) > 2:
         panels.insert(0, ("any two of all", of_all))
     told = f"The share of values in which {_compared(found)} have opposite signs, of those that two models "
     told += "do not leave at zero. By chance it is 0.5 for a pair."
     return _picture(found, "signs", "Sign conflicts", told, panels, "share", "PuOr_r", (0.0, 1.0))
+
+
+def _largest_first(values: Mapping[tuple[str, str], float]) -> list[tuple[str, str]]:
+    """Pairs, those last that have no value."""
+    return sorted(values, key=lambda pair: (math.isnan(values[pair]), -values[pair]))
 
 
 def _compared(found: Comparison) -> str:
@@ -158,7 +166,10 @@ def _picture(
     kept = panels[:MOST_PANELS]
     if len(kept) < len(panels):
         told += f" {len(kept)} of {len(panels)} panels are shown; tensors.csv has all."
-    maps = [_map(found, heading, figured) for heading, figured in kept]
+    rows = _modules(found)
+    if len(rows) > MOST_ROWS:
+        told += f" {MOST_ROWS} of {len(rows)} modules are shown; tensors.csv has all."
+    maps = [_map(found, rows[:MOST_ROWS], heading, figured) for heading, figured in kept]
     every = np.concatenate([each.values[np.isfinite(each.values)] for each in maps])
     top = high if high is not None else float(np.abs(every).max(initial=0.0)) or 1.0
     if low is None:
@@ -173,11 +184,12 @@ def _picture(
     return drawn(_identity(found, name), _titled(found, title), told, max(2.8, height), draw)
 
 
-def _map(found: Comparison, heading: str, figured: Figured) -> Map:
-    rows, columns = _modules(found), _layers(found)
+def _map(found: Comparison, rows: Sequence[str], heading: str, figured: Figured) -> Map:
+    columns = _layers(found)
     cells: dict[tuple[str, str], list[Tensor]] = {}
     for tensor in found.tensors:
-        cells.setdefault((tensor.layer, tensor.module), []).append(tensor)
+        if tensor.module in rows:
+            cells.setdefault((tensor.layer, tensor.module), []).append(tensor)
     values = np.full((len(rows), len(columns)), np.nan)
     for (layer, module), tensors in cells.items():
         values[rows.index(module), columns.index(layer)] = figured(tensors)
@@ -213,18 +225,20 @@ def _page(found: Comparison, pictures: Sequence[Picture]) -> str:
 
 
 def _head(found: Comparison) -> Html:
-    count = f"{len(found.tensors)} tensors of {len(found.models)} models, merged by {found.method}"
-    copied = f"; {found.copied} tensors are taken over as they are" if found.copied else ""
+    count = f"{counted(len(found.tensors), 'tensor')} of {counted(len(found.models), 'model')}"
+    count += f", merged by {found.method}"
+    copied = f"; {counted(found.copied, 'tensor')} taken over unchanged" if found.copied else ""
     how = joined(paragraph(_how(part), "say") for part in found.parts)
     return joined([paragraph(f"{count}{copied}.", "faint"), how])
 
 
 def _how(part: Comparison) -> str:
     """What is compared."""
+    count = counted(len(part.tensors), "tensor")
     if part.base:
-        where = f"In {len(part.tensors)} tensors task" if part.apart else "Task"
+        where = f"In {count} task" if part.apart else "Task"
         return f"{where} vectors are compared: what each model has more than {part.base}."
-    where = f"{len(part.tensors)} tensors have no base" if part.apart else "There is no base"
+    where = f"In {count} there is no base" if part.apart else "There is no base"
     what = f"{where}, so the weights themselves are compared, and how far each model is from the plain mean"
     return f"{what} of all."
 

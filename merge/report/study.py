@@ -10,7 +10,7 @@ from merge.search.sections import StudySection
 from merge.search.space import Dimension
 from merge.search.starts import is_searched
 from merge.search.tried import name_of
-from merge.search.verdict import words_on_baselines
+from merge.search.verdict import NO_RIVAL, words_on_baselines
 
 SPLITS = ("dev", "val", "test")
 BEST = 5  # that are shown of a study that has not ended
@@ -96,7 +96,7 @@ class Search:
         baselines = [(e.name, test[e.number]) for e in self.rivals if e.number in test]
         won, verdict = self.outcome.winner.number, self.outcome.verdict
         said = words_on_baselines(f"candidate {won}", test[won], baselines) if won in test else ""
-        told = verdict.words if verdict else "no parent could be scored, so there is no comparison"
+        told = verdict.words if verdict else NO_RIVAL
         return [*([said] if said else []), told]
 
     @property

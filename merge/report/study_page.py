@@ -1,9 +1,12 @@
 """The page and the files of a report on a search."""
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
+from merge.printing import counted
 from merge.report.candidates import (
     all_columns_of,
     columns_of,
@@ -22,6 +25,7 @@ from merge.report.study import SPLITS, Entry, Search
 from merge.search.starts import is_searched
 
 MOST_LISTED = 1000  # candidates in the page's table; candidates.csv has all
+MOST_RECIPES = 20  # of the best
 
 
 def report_on(search: Search) -> Report:
@@ -78,7 +82,8 @@ def _pictured(pictures: Mapping[str, Picture], name: str, heading: str) -> Html:
 
 
 def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
-    entries = [*search.top, *search.rivals]
+    top = search.top[:MOST_LISTED]
+    entries = [*top, *search.rivals]
     splits = [split for split in SPLITS if any(split in entry.splits for entry in entries)]
     chosen, tasks = _objectives_on_val(search, entries), tasks_of(entries)
     rows: list[list[Cell]] = [
@@ -95,7 +100,9 @@ def _leaderboard(search: Search, pictures: Mapping[str, Picture]) -> Html:
     marked = [i for i, entry in enumerate(entries) if entry.number == search.winner]
     told = "Mean over tasks in points (100 is all right), ± one standard error."
     if search.outcome is None:
-        told += f" The best on dev so far, {len(search.top)} of {len(search.searched)}, and the baselines."
+        told += f" The best on dev so far, {len(top)} of {len(search.searched)}, and the baselines."
+    elif len(top) < len(search.top):
+        told += f" The first {len(top)} of the {len(search.top)} best; candidates.csv has all."
     parts = [
         paragraph(told, "faint"),
         table(head, rows, marked=marked, label="Leaderboard"),
@@ -173,28 +180,27 @@ def _importance(search: Search, importance: Importance, pictures: Mapping[str, P
         what = f"There are no shares: {importance.why_not}."
         return section("importance", heading, paragraph(what, "faint"))
     parts = [figure(pictures["importance"])]
-    counted = len(next(iter(importance.shares.values())))
-    if importance.candidates < FEW * counted:
-        what = f"{importance.candidates} candidates are few for {counted} values; another search may give "
+    known = len(next(iter(importance.shares.values())))
+    if importance.candidates < FEW * known:
+        what = f"{importance.candidates} candidates are few for {known} values; another search may give "
         parts.append(paragraph(what + "other shares.", "faint"))
-    if counted < len(search.dimensions):
-        what = (
-            f"{len(search.dimensions) - counted} values that not every candidate has are left out."
-        )
+    if left := len(search.dimensions) - known:
+        what = f"Left out: {counted(left, 'value')} that not every candidate has."
         parts.append(paragraph(what, "faint"))
     return section("importance", heading, *parts)
 
 
 def _answers(search: Search, pictures: Mapping[str, Picture]) -> Html:
-    entries = [*search.top, *search.rivals]
     rows: list[list[Cell]] = []
-    for entry in entries:
+    for entry in [*search.top[:MOST_LISTED], *search.rivals]:
         split = next((s for s in reversed(SPLITS) if s in entry.splits), None)
         if split is None:
             continue
         figures = entry.splits[split]
         shares = (figures.truncated, figures.empty, figures.alike)
         rows.append([_told(search, entry), split, *(100 * share for share in shares)])
+    if not rows:
+        return Html("")
     head = ["candidate", "split", "cut off at the limit", "empty", "most frequent answer"]
     parts = [figure(pictures["answers"])] if "answers" in pictures else []
     told = paragraph("Per cent of the answers, on the last split that each was scored on.", "faint")
@@ -206,9 +212,11 @@ def _answers(search: Search, pictures: Mapping[str, Picture]) -> Html:
 def _recipes(search: Search) -> Html:
     if not search.top:
         return Html("")
-    shown = [details(f"Candidate {_told(search, e)}", recipe_text(e.recipe)) for e in search.top]
+    best = search.top[:MOST_RECIPES]
+    shown = [details(f"Candidate {_told(search, e)}", recipe_text(e.recipe)) for e in best]
     notes = [paragraph(f"Candidate {number}: {note}.") for number, note in _kin(search)]
-    told = "report.json and candidates.csv have the recipes of all candidates."
+    told = f"{len(best)} of {len(search.top)} are shown; " if len(best) < len(search.top) else ""
+    told += "report.json and candidates.csv have the recipes of all candidates."
     return section("recipes", "Recipes of the best", *shown, *notes, paragraph(told, "faint"))
 
 
@@ -231,8 +239,8 @@ def _failed(search: Search) -> Html:
 
 def _how(search: Search) -> Html:
     said = search.settings.items()
-    set_to = {key: value for key, value in said if value not in (None, []) and value is not False}
-    facts = {"asked by": search.begun_with, **{key: str(value) for key, value in set_to.items()}}
+    set_to = {key: value for key, value in said if value not in (None, [])}
+    facts = {"asked by": search.begun_with, **{k: _as_written(v) for k, v in set_to.items()}}
     space = yaml.safe_dump(search.data, sort_keys=False, allow_unicode=True)
     return section(
         "how",
@@ -240,6 +248,11 @@ def _how(search: Search) -> Html:
         table(["setting", "value"], list(map(list, facts.items())), label="Settings"),
         details("The recipe that was searched", space),
     )
+
+
+def _as_written(value: Any) -> str:
+    """A setting as a recipe may have it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # -- all candidates ------------------------------------------------------------------------------------

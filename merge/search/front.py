@@ -78,9 +78,15 @@ def words_of_front(candidates: int, baselines: Sequence[str]) -> str:
 def non_dominated(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     """[candidates, objectives], larger is better -> [candidates] bool: whether no other candidate is at
     least as good in all objectives and better in one. Of equal ones all are."""
-    at_least = (values[:, None] >= values[None, :]).all(axis=2)  # [i, j]: i is as good as j
-    better = (values[:, None] > values[None, :]).any(axis=2)
-    return np.logical_not((at_least & better).any(axis=0))
+    return np.array([not _is_beaten(own, values) for own in values], np.bool_)
+
+
+def _is_beaten(own: NDArray[np.float64], values: NDArray[np.float64]) -> bool:
+    """Whether any of values [candidates, objectives] is as good as `own` in all and better in one."""
+    as_good = values[
+        (values >= own).all(axis=1)
+    ]  # one at a time: all pairs of thousands take gigabytes
+    return bool((as_good > own).any())
 
 
 def front_of(candidates: Sequence["Candidate"], section: StudySection) -> list["Candidate"]:

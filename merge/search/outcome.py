@@ -15,7 +15,7 @@ from merge.search.places import moved
 from merge.search.sections import StudySection
 from merge.search.starts import is_searched
 from merge.search.tried import name_of
-from merge.search.verdict import Values, Verdict, as_good, error_of, words_on_baselines
+from merge.search.verdict import NO_RIVAL, Values, Verdict, as_good, error_of, words_on_baselines
 from merge.write import writing
 
 
@@ -54,7 +54,8 @@ class Outcome:
         """What came out in sentences, the weightiest first: baselines as good as the winner, the verdict."""
         winner = f"candidate {self.winner.number}"
         said = words_on_baselines(winner, self._tested(self.winner), self._baselines)
-        return [*([said] if said else []), *([self.verdict.words] if self.verdict else [])]
+        told = self.verdict.words if self.verdict else NO_RIVAL
+        return [*([said] if said else []), told]
 
     @property
     def front(self) -> tuple[list[Candidate], list[Candidate]]:

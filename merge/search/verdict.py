@@ -13,6 +13,7 @@ from merge.numerics import random_key
 RESAMPLES = 10_000
 LEVEL = 0.05
 ALIKE = 1e-12  # means that differ by less are sums of equal values in another order
+NO_RIVAL = "no parent was scored, so there is no comparison"
 
 Values = NDArray[np.float64]
 

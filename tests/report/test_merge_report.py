@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,9 +21,9 @@ from safetensors.numpy import load_file
 from merge import formula
 from merge.errors import NonFiniteError, PlanError, RequestError
 from merge.pipeline import plan_recipe, run_recipe
-from merge.report import merging
+from merge.report import merge_page, merging
 from merge.report.figures import Comparison
-from merge.report.merge_page import report_on
+from merge.report.merge_page import _largest_first, report_on
 from merge.report.merged import planned
 from merge.report.merging import measured, modules_of
 from merge.shipped import shipped
@@ -162,7 +163,7 @@ def test_task_vectors_and_weights_have_no_sum(models: dict[str, Path], tmp_path:
         *("sizes-without-base", "cosines-without-base", "signs-without-base"),
     ]
     assert f"In {len(names)} tensors task vectors are compared" in report.page
-    assert f"{len(rest)} tensors have no base, so the weights themselves" in report.page
+    assert f"In {len(rest)} tensors there is no base, so the weights themselves" in report.page
 
 
 def test_equal_models_agree_and_opposite_ones_conflict(tmp_path: Path) -> None:
@@ -267,6 +268,21 @@ def test_modules_have_short_names_that_are_their_own() -> None:
     ]  # fmt: skip
     both = modules_of(["encoder.block.0.q.weight", "decoder.block.0.q.weight"])
     assert [layer for layer, _ in both.values()] == ["encoder.block 0", "decoder.block 0"]
+
+
+def test_pairs_without_a_value_come_last() -> None:
+    pairs = {("a", "b"): math.nan, ("a", "c"): 0.1, ("b", "c"): 0.5}
+    assert _largest_first(pairs) == [("b", "c"), ("a", "c"), ("a", "b")]
+
+
+def test_modules_beyond_what_a_picture_holds_are_told(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = compared(ties(tmp_path, models))
+    count = len({tensor.module for tensor in found.tensors})
+    monkeypatch.setattr(merge_page, "MOST_ROWS", 2)
+    told = [picture.told for picture in report_on(found).pictures]
+    assert all(f"2 of {count} modules are shown" in each for each in told)
 
 
 # -- memory -------------------------------------------------------------------------------------------

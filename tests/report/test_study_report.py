@@ -18,6 +18,8 @@ from ran import Ran
 from search.tiny_suite import tiny_suite
 from studies import answered, ended, written
 
+from merge.report import charts, front, importance, study_page
+from merge.report.commands import _place
 from merge.report.files import csv_text
 from merge.report.importance import importance_of
 from merge.report.outcome import read_outcome
@@ -216,10 +218,28 @@ def test_where_nothing_has_ended_it_says_so(tmp_path: Path) -> None:
     assert "goes on after it had ended once" in Told(report_on(search_of(folder, ledger)).page).text
 
 
-def test_a_study_of_nothing_is_a_page_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "told"), [(0, "1 candidate"), (1, "2 candidates")])
+def test_a_study_of_next_to_nothing_is_a_page_too(tmp_path: Path, count: int, told: str) -> None:
     folder = tmp_path / "study"
-    report = report_on(search_of(folder, written(folder, of_one_weight, count=0)))
-    assert "0 candidates tried" in Told(report.page).text
+    report = report_on(search_of(folder, written(folder, of_one_weight, count, reason="no memory")))
+    assert f"{told} tried (1 not scored) beside 2 baselines, 0 open." in Told(report.page).text
+
+
+def test_many_are_cut_off_and_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {charts: "MOST_COMPARED", front: "MOST_PANELS", study_page: "MOST_RECIPES"}
+    for module, name in limits.items():
+        monkeypatch.setattr(module, name, 1)
+    monkeypatch.setattr(importance, "MOST", 9)
+    three = lambda a, b: {"suite_a": a, "suite_b": b, "suite_c": 1 - a}  # noqa: E731
+    search = search_of(tmp_path / "study", written(tmp_path / "study", three, 12))
+    found = importance_of(search)
+    assert (found.taken, found.candidates) == (9, 12)
+    text = Told(report_on(search).page).text
+    for said in (
+        "1 of the 5 best are shown", "1 of 3 pairs are shown", "1 of 5 are shown; report.json",
+        "over 9 of 12 candidates",
+    ):  # fmt: skip
+        assert said in text
 
 
 def test_the_paired_test_and_the_failed_are_told(tmp_path: Path) -> None:
@@ -288,7 +308,7 @@ def test_a_study_of_tasks_has_no_suite(tmp_path: Path) -> None:
     search = search_of(folder, written(folder, of_one_weight, 3, section=section))
     text = Told(report_on(search).page).text
     assert "quickstart" not in text
-    assert "'task': 'mine'" in text
+    assert '"task": "mine"' in text
 
 
 def test_a_model_of_a_pool_is_the_one_that_was_merged(tmp_path: Path) -> None:
@@ -485,6 +505,12 @@ def test_a_shared_study_ends_in_the_folder_of_a_run(tmp_path: Path, command: Com
     assert command("report", run, "--study", url).code == 0
     assert "Candidate 2 is better." in (run / "report" / "index.html").read_text()
     assert "no such folder" in command("report", tmp_path / "none", "--study", url).error
+
+
+def test_a_folder_has_no_ending(tmp_path: Path) -> None:
+    (tmp_path / "model-1.5").mkdir()
+    assert _place(str(tmp_path / "model-1.5"), None) == Path("out/report-model-1-5")
+    assert _place(str(tmp_path / "recipe.yaml"), None) == Path("out/report-recipe")
 
 
 # -- in a browser -------------------------------------------------------------------------------------
