@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 INTERVAL = 1.96  # standard errors on each side: 95 % of a normal distribution
 MOST_COMPARED = 40  # of the best, and of baselines
+CROWD = 300  # candidates from which each is drawn small
 SHARES = (
     ("truncated", "cut off at the limit"),
     ("empty", "empty"),
@@ -72,7 +73,7 @@ def _compared(search: Search) -> Picture | None:
                 markersize=6, label=split,
             )  # fmt: skip
         axes.set_yticks(range(len(entries)), [_named(search, entry) for entry in entries])
-        axes.invert_yaxis()
+        axes.set_ylim(len(entries) - 0.4, -0.6)
         axes.set_xlabel("score, points")
         grid(axes, "x")
         legend_below(figure, axes)
@@ -111,7 +112,8 @@ def _progress(search: Search) -> Picture | None:
         means = [100 * figures.mean for _, figures in scored]
         axes.errorbar(
             at, means, yerr=[100 * f.stderr for _, f in scored],
-            fmt="o", color=GREY, markersize=4.5, elinewidth=0.8, label="candidate",
+            fmt="o", color=GREY, markersize=4.5 if len(at) <= CROWD else 2, elinewidth=0.8,
+            label="candidate",
         )  # fmt: skip
         best = np.maximum.accumulate(means)
         axes.step(
@@ -120,6 +122,7 @@ def _progress(search: Search) -> Picture | None:
             where="post",
             color=BLUE,
             linewidth=2,
+            zorder=3,  # over many candidates
             label="best so far",
         )
         _lines_of_rivals(axes, search)
@@ -148,7 +151,7 @@ def _lines_of_rivals(axes: "Axes", search: Search) -> None:
     best, split = search.best_parent or (None, "")
     others = "other parents"
     for entry in sorted(search.rivals, key=lambda each: each is not best):
-        how: dict[str, Any] = {"color": GREEN, "linestyle": ":", "linewidth": 1.8}
+        how: dict[str, Any] = {"color": GREEN, "linestyle": ":", "linewidth": 1.8, "zorder": 3}
         if entry.origin == "average":
             how |= {"color": ORANGE, "linestyle": "--", "linewidth": 1.5, "label": "average"}
         elif entry is best:

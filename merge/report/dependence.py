@@ -1,7 +1,7 @@
 """The pictures of what the score of a search depends on."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,15 +122,17 @@ def _height(entry: Entry, dimension: Dimension) -> float:
 
 def _axes_of(axes: "Axes", search: Search, dimensions: Sequence[Dimension]) -> None:
     """An upright line for each dimension, with its ends or its choices."""
+    beside: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    beside |= {"fontsize": 8, "alpha": 0.9}
     for i, dimension in enumerate(dimensions):
         axes.axvline(i, color=INK, alpha=0.35, linewidth=1)
         for height, label in _marks(dimension):
-            axes.text(i + 0.03, height, label, fontsize=8, va="center", alpha=0.9)
+            axes.annotate(label, (i, height), **beside)
     names = [shown(label_of(d.name, search.data), 34) for d in dimensions]
     axes.set_xticks(range(len(dimensions)), names, rotation=25, ha="right", fontsize=8.5)
     axes.set_yticks([])
     axes.set_ylim(-0.06, 1.06)
-    axes.set_xlim(-0.15, len(dimensions) - 1 + 0.6)
+    axes.set_xlim(-0.02 * len(dimensions), len(dimensions) - 1 + 0.02 * len(dimensions))
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
 

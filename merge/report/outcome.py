@@ -90,13 +90,15 @@ class Verdict(_Read):
 
 
 class Outcome(_Read):
-    """`told`: everything as it stands in the file."""
+    """`used_up`: whether the search ended because nothing new was left to try. `told`: everything as it
+    stands in the file."""
 
     winner: Told
     top: list[Told]
     rivals: list[Told]
     verdict: Verdict | None = None
     winners_tested: int = 1
+    used_up: bool = False
     told: dict[str, Any]
 
     @property

@@ -157,7 +157,8 @@ class Search:
             return f"This search is running or was cut off: {count}, {len(self.open)} open."
         if self.open:
             return f"This search goes on after it had ended once: {count}, {len(self.open)} open."
-        return f"This search has ended: {count}."
+        why = ", as nothing new was left to try" * self.outcome.used_up
+        return f"This search has ended{why}: {count}."
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as JSON can tell it."""

@@ -254,6 +254,17 @@ def test_the_paired_test_and_the_failed_are_told(tmp_path: Path) -> None:
         assert said in text
 
 
+def test_a_search_that_had_nothing_left_to_try_is_told_so(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    data = ended(folder, written(folder, of_one_weight, 3))
+    for used_up, why in ((False, ""), (True, ", as nothing new was left to try")):
+        (folder / "outcome.json").write_text(json.dumps({**data, "used_up": used_up}))
+        search = search_of(folder, Ledger.existing(_url(folder), NAME))
+        assert (
+            search.status == f"This search has ended{why}: 3 candidates tried beside 2 baselines."
+        )
+
+
 def test_a_damaged_outcome_is_refused(tmp_path: Path, command: Command) -> None:
     folder = tmp_path / "study"
     whole = ended(folder, written(folder, of_one_weight))
