@@ -200,6 +200,8 @@ def test_the_folder_of_a_model_is_left_alone(tmp_path: Path, suite: Path) -> Non
 def test_nothing_is_written_for_a_candidate_beside_the_database(
     tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from transformers import LlamaConfig  # noqa: F401 - torch makes a folder when it is first imported
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
