@@ -39,12 +39,12 @@ def split_by_hash(
     tasks: Mapping[str, Sequence[Mapping[str, Any]]], shares: Sequence[float] = SHARES
 ) -> dict[str, Split]:
     """dev, val and test of tasks whose documents serve for all three."""
-    found: dict[str, dict[str, list[int]]] = {name: {} for name in SPLITS}
+    found: dict[str, dict[str, list[int]]] = {name: {t: [] for t in tasks} for name in SPLITS}
     for task, documents in tasks.items():
         for number, document in enumerate(documents):
             drawn = int(identity(document)[:13], 16) / 16**13
             place = (drawn >= shares[0]) + (drawn >= shares[0] + shares[1])
-            found[SPLITS[place]].setdefault(task, []).append(number)
+            found[SPLITS[place]][task].append(number)
     return {name: Split(name, {t: tuple(n) for t, n in found[name].items()}) for name in SPLITS}
 
 
@@ -63,6 +63,18 @@ def refuse_overlap(
                         f"({first[0]}) too; what is searched on cannot tell how good the winner is: take "
                         "one of them out"
                     )
+
+
+def check_sizes(splits: Sequence[Split]) -> None:
+    """Raises RequestError where a task has no documents for one of these splits, which share its documents."""
+    for task in dict.fromkeys(task for split in splits for task in split.documents):
+        sizes = {split.name: len(split.documents.get(task, ())) for split in splits}
+        if not all(sizes.values()):
+            parts = ", ".join(f"{size} for {name}" for name, size in sizes.items())
+            raise RequestError(
+                f"task {task} has too few documents to search on: {parts}; each needs one at least, and what a "
+                "document says decides for which it is: take a larger task"
+            )
 
 
 def limited(split: Split, most: int | None) -> Split:

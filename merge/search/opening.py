@@ -24,7 +24,13 @@ from merge.search.parents import check_parents, parents_facts
 from merge.search.scoring import Scorer
 from merge.search.sections import OF_SEVERAL, StudySection
 from merge.search.space import WAYS, Space, varying
-from merge.search.starts import check_starts, with_recipes, with_values
+from merge.search.starts import (
+    baselines_of,
+    check_starts,
+    start_recipes,
+    with_recipes,
+    with_values,
+)
 from merge.search.study import Setup, Study, check_plans
 from merge.search.tried import parents_of
 from merge.sections import read_section
@@ -80,6 +86,7 @@ def _prepared(setup: Setup) -> tuple[Space, StudySection, Scorer]:
     _check_search_installed()
     scorer = Scorer(setup.file, section, setup.memory, setup.threads, setup.offline)
     _check_objectives(section, scorer, space.lines)
+    _check_documents(section, space, scorer)
     check_plans(space, scorer, setup.memory, setup.threads)
     return space, section, scorer
 
@@ -164,6 +171,21 @@ def _check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> No
         what = f"the suite has no task {task!r} that is searched on{nearest(task, known)}"
         allowed = f"there are {', '.join(known)}"
         raise lines.error(("study", "objectives", i), f"objectives: {what}; {allowed}")
+
+
+def _check_documents(section: StudySection, space: Space, scorer: Scorer) -> None:
+    """Raises RecipeError where baselines use up all the documents that may be scored."""
+    sizes = {name: panel.split.count for name, panel in scorer.panels.items()}
+    first = len(baselines_of(space.data, section))
+    used = first * sizes["dev"]
+    if section.documents is None or section.documents > used or any(start_recipes(section)):
+        return
+    apart = " and ".join(f"{sizes[name]} of {name}" for name in ("val", "test"))
+    what = (
+        f"study.documents is {section.documents}; it must be more than {used}: the {first} baselines are "
+        f"asked all {sizes['dev']} documents of dev before any candidate is (the {apart} are not counted)"
+    )
+    raise space.lines.error(("study", "documents"), what)
 
 
 def _check_search_installed() -> None:

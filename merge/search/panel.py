@@ -21,7 +21,9 @@ from merge.score.running import set_examples
 from merge.search.documents import (
     APART,
     SHARES,
+    SPLITS,
     Split,
+    check_sizes,
     identity,
     limited,
     refuse_overlap,
@@ -189,6 +191,8 @@ def panels(
         numbers = {task: tuple(range(len(found))) for task, found in last.items()}
         splits["test"] = Split("test", numbers)
         refuse_overlap([("search", documents), ("test", last)])
+        check_sizes([splits["test"]])
+    check_sizes([splits[name] for name in SPLITS if not apart or name != "test"])
     dev = limited(splits["dev"], limit)
     return {
         "dev": _panel(looked, dev, objectives),
@@ -208,11 +212,7 @@ def _apart(name: str) -> Suite | None:
 def _panel(suite: Suite, split: Split, objectives: Sequence[ObjectiveSection]) -> Panel:
     tasks = _lm_eval_tasks(suite, suite.tasks)
     for name, task in tasks.items():
-        numbers = list(split.documents.get(name, ()))
-        if not numbers:
-            raise RequestError(
-                f"task {name} has no documents for {split.name}; it is too small to search on"
-            )
+        numbers = list(split.documents[name])
         task.build_all_requests(samples=numbers, rank=0, world_size=1)
     shares = shares_of(objectives, list(tasks))
     return Panel(split, {task.name: task for task in suite.tasks}, tasks, shares)

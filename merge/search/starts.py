@@ -9,7 +9,7 @@ from merge.lines import Lines, load_documents
 from merge.search.places import moved
 from merge.search.sections import StudySection
 from merge.search.space import Choice, Dimension, Real, Space, ends, varying
-from merge.search.tried import ABOUT_FILES
+from merge.search.tried import ABOUT_FILES, baselines
 
 START = "start"  # the origin of a candidate whose recipe was given, with its number from 1
 OF_NO_RECIPE = ("study", "adapter", "score", "output")  # keys that a recipe loses when it is tried
@@ -18,6 +18,13 @@ OF_NO_RECIPE = ("study", "adapter", "score", "output")  # keys that a recipe los
 def is_searched(origin: str) -> bool:
     """Whether a candidate of that origin may win and counts as tried: it is no parent and no average."""
     return origin == "search" or origin.startswith(f"{START} ")
+
+
+def baselines_of(
+    data: Mapping[str, Any], section: StudySection
+) -> list[tuple[str, dict[str, Any]]]:
+    """(origin, recipe) of each parent and of their average; none where the study wants none."""
+    return list(baselines(data)) if section.baselines else []
 
 
 def with_recipes(section: StudySection, file: Path, lines: Lines) -> StudySection:

@@ -19,8 +19,8 @@ from merge.search.scoring import Scorer
 from merge.search.sections import StudySection
 from merge.search.signs import PAUSE, SOON, beating, is_gone, own_name
 from merge.search.space import Space, ends
-from merge.search.starts import is_searched, start_recipes
-from merge.search.tried import baselines, digest_of
+from merge.search.starts import baselines_of, is_searched, start_recipes
+from merge.search.tried import digest_of
 from merge.search.verdict import compared
 
 CHECKED = 100  # options whose text is read before a search: paths through layers have thousands
@@ -125,7 +125,7 @@ class Study:
         """Those that are not there yet: a run may have been cut off between two."""
         with self.ledger.alone() as ledger:
             known = {candidate.digest for candidate in ledger.all()}
-            first = baselines(self.space.data) if self.section.baselines else ()
+            first = baselines_of(self.space.data, self.section)
             for origin, recipe in chain(first, start_recipes(self.section)):
                 if (digest := digest_of(recipe)) not in known:
                     ledger.add(Candidate(len(known), digest, origin, recipe, {}))
@@ -188,9 +188,8 @@ class Study:
         given_up = [c for c in every if c.state == PRUNED]
         found = self._found(done) or self._found(given_up)
         if not found:
-            reason = next(
-                (c.reason for c in every if is_searched(c.origin) and c.reason), "none ended"
-            )
+            reasons = (c.reason for c in every if is_searched(c.origin) and c.reason)
+            reason = next(reasons, "the search was over before the first; give it more minutes")
             raise RunError(f"{self.file}: no candidate could be scored: {reason}")
         rivals = [c for c in done if not is_searched(c.origin)]
         again = self._looked_at([*found, *rivals], "val")

@@ -5,6 +5,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,20 @@ def test_a_search_of_which_nothing_can_be_scored_says_why(tmp_path: Path, suite:
     file = written(tmp_path, suite, 1, merge_method="linear", models=models)
     with pytest.raises(RunError, match=r"search.yaml: no candidate could be scored: .*inf"):
         searched(file, tmp_path / "study")
+
+
+def test_documents_that_the_baselines_use_up_are_refused(tmp_path: Path, suite: Path) -> None:
+    used = BASELINES * 4 * 4  # of four tasks as many as `limit` says
+    file = written(tmp_path, suite)
+    data = yaml.safe_load(file.read_text())
+    for documents in (used, used + 1):
+        data["study"]["documents"] = documents
+        file.write_text(yaml.safe_dump(data, sort_keys=False))
+        told = rf"documents is {used}; it must be more than {used}: the 3 baselines are asked all 16 .* 24 of test"
+        refused = pytest.raises(RequestError, match=told) if documents == used else nullcontext()
+        with refused, open_study(file, tmp_path / "study"):
+            pass
+        assert (tmp_path / "study").exists() == (documents > used)
 
 
 def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from merge.errors import RequestError
-from merge.search.documents import identity, refuse_overlap, split_by_hash
+from merge.search.documents import check_sizes, identity, refuse_overlap, split_by_hash
 from merge.search.verdict import as_good, compared, error_of, mean_of, words_on_baselines
 
 NAMED = st.lists(st.tuples(st.text("abc", min_size=1), st.floats(0, 1)), max_size=4)
@@ -124,3 +124,11 @@ def test_a_document_in_two_splits_is_refused() -> None:
     same = {"task": [{"question": "1+1"}]}
     with pytest.raises(RequestError, match="document 0 of task"):
         refuse_overlap([("search", same), ("test", {"other": [{"question": "1+1"}]})])
+
+
+def test_a_task_without_documents_for_a_split_is_told_with_those_that_it_has() -> None:
+    splits = split_by_hash({"task": [{"question": "1+1"}], "none": []})
+    with pytest.raises(RequestError, match=r"task task has too few .*: .*1 for .*; each needs one"):
+        check_sizes([*splits.values()])
+    with pytest.raises(RequestError, match="task none has too few .*: 0 for dev"):
+        check_sizes([split_by_hash({"none": []})["dev"]])
