@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.agreement import canonical
+from merge.anatomy import layer_tensors, main_stack
 from merge.errors import OutputError, RequestError
 from merge.lines import Lines, load_documents, nearest
 from merge.score import check_installed
@@ -21,6 +22,7 @@ from merge.search.front import unknown_tasks
 from merge.search.genome import converted, layers_of
 from merge.search.ledger import Ledger
 from merge.search.parents import check_parents, parents_facts
+from merge.search.paths import layered, layers_of_each
 from merge.search.scoring import Scorer
 from merge.search.sections import OF_SEVERAL, StudySection
 from merge.search.space import WAYS, Space, varying
@@ -87,6 +89,7 @@ def _prepared(setup: Setup) -> tuple[Space, StudySection, Scorer]:
     scorer = Scorer(setup.file, section, setup.memory, setup.threads, setup.offline)
     _check_objectives(section, scorer, space.lines)
     _check_documents(section, space, scorer)
+    _check_layers(space, scorer)
     check_plans(space, scorer, setup.memory, setup.threads)
     return space, section, scorer
 
@@ -99,19 +102,20 @@ def _entered(setup: Setup, space: Space, section: StudySection, scorer: Scorer) 
     digest = hashlib.sha256(canonical(facts).encode()).hexdigest()
     name = f"{setup.file.stem[:100]}-{digest[:12]}" if setup.shared else NAME
     ledger = Ledger.open(setup.url, name, digest, facts | {"begun_with": _versions()})
-    models = _parents(space, scorer)
+    _opened(parents_of(space.data), scorer)
+    models = dict(scorer.opened)
     if "parents" not in ledger.facts():
         ledger.remember(parents_facts(models))
     check_parents(models, ledger.facts(), f"study {name!r}")
     return Study(setup, space, section, ledger, scorer)
 
 
-def _parents(space: Space, scorer: Scorer) -> dict[str, Model]:
-    """The models that are merged, by label; one that cannot be opened will fail as a candidate."""
-    for label in parents_of(space.data):
+def _opened(labels: Sequence[str], scorer: Scorer) -> dict[str, Model]:
+    """Models by label; one that cannot be opened is missing, and will fail as a candidate."""
+    for label in labels:
         with suppress(RequestError):
             scorer.plan({"model": label})
-    return dict(scorer.opened)
+    return {label: scorer.opened[label] for label in labels if label in scorer.opened}
 
 
 def read_space(
@@ -186,6 +190,20 @@ def _check_documents(section: StudySection, space: Space, scorer: Scorer) -> Non
         f"asked all {sizes['dev']} documents of dev before any candidate is (the {apart} are not counted)"
     )
     raise space.lines.error(("study", "documents"), what)
+
+
+def _check_layers(space: Space, scorer: Scorer) -> None:
+    """Raises RecipeError where a path or groups take layers that a model has not."""
+    for at, spec in layered(space.data):
+        for entry, count in layers_of_each(spec):
+            for label, model in _opened(parents_of({"models": [entry]}), scorer).items():
+                stack = main_stack(model.source.tensors, model.config)
+                there = len(layer_tensors(model.source.tensors, stack)) if stack else count
+                if there < count:
+                    place = (*at, "layers")
+                    said = f"{'.'.join(map(str, place))} is {spec['layers']}"
+                    what = f"{label} has no layer {there}: it has {there} layers"
+                    raise space.lines.error(place, f"{said}; {what}")
 
 
 def _check_search_installed() -> None:

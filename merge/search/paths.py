@@ -13,9 +13,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from merge.lines import Path as Place
+
+LAYERED = ("path", "groups")  # of slices
 NOWHERE = "no layer"
 Chooser = Callable[[str, tuple[str, ...]], int]  # name, labels -> number of the chosen one
 Stretch = tuple[str, int, int]  # model, first layer, end
+
+
+def layered(value: Any, at: Place = ()) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """Each path and each set of groups in a document, with where it stands; none in its modules, which have
+    layers of their own."""
+    if not isinstance(value, dict | list):
+        return
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        here = (*at, key)
+        if key == "slices" and isinstance(each, dict):
+            yield from (((*here, way), each[way]) for way in LAYERED if way in each)
+        elif key != "modules":
+            yield from layered(each, here)
+
+
+def layers_of_each(spec: Mapping[str, Any]) -> list[tuple[Any, int]]:
+    """(model, as the document names it; how many layers it is said to have)."""
+    return list(zip(spec["models"], _counts(spec), strict=True))
 
 
 def check(

@@ -25,7 +25,6 @@ from merge.search import paths
 
 DIGITS = 6  # significant ones of a number that is drawn: a candidate is a recipe that people read
 WAYS = ("search", "choice", "pool")
-LAYERED = ("path", "groups")  # of slices
 PICKED, LEFT = (
     "model",
     "other",
@@ -154,7 +153,7 @@ def _way(value: Mapping[str, Any], at: Place) -> str | None:
     """In which way a table stands for what may vary; tokens or modules may have the same names."""
     if not at:
         return None
-    if at[-1] == "slices" and (way := next((key for key in LAYERED if key in value), None)):
+    if at[-1] == "slices" and (way := next((key for key in paths.LAYERED if key in value), None)):
         return way
     return next((key for key in WAYS if key in value and not isinstance(value[key], dict)), None)
 

@@ -261,12 +261,13 @@ def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) 
     for end in (0, 1):
         try:
             recipe = space.filled(lambda dimension, end=end: ends(dimension)[end])  # type: ignore[misc]
-            budget_of(scorer.plan(recipe), memory, threads)
-            return
+            if not _has_no_layer(recipe):
+                budget_of(scorer.plan(recipe), memory, threads)
+                return
         except RequestError as error:
             first = first or error
-    assert first
-    raise first
+    if first:
+        raise first
 
 
 def _check_options(space: Space, scorer: Scorer) -> None:
@@ -275,7 +276,7 @@ def _check_options(space: Space, scorer: Scorer) -> None:
     for recipes in islice(both, CHECKED):
         wrong: list[RequestError] = []
         for recipe in recipes:
-            if recipe.get("slices") == []:  # a path of which no layer was drawn
+            if _has_no_layer(recipe):
                 continue
             try:
                 scorer.parsed(recipe)
@@ -283,3 +284,8 @@ def _check_options(space: Space, scorer: Scorer) -> None:
                 wrong.append(error)
         if len(wrong) == len(recipes):
             raise wrong[0]
+
+
+def _has_no_layer(recipe: Mapping[str, Any]) -> bool:
+    """Whether it is a path of which nothing was drawn."""
+    return recipe.get("slices") == []

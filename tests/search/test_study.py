@@ -308,6 +308,43 @@ def test_a_path_through_layers_answers_as_its_recipe_does_when_it_is_run(
         assert len(depths) > 1
 
 
+@pytest.mark.parametrize(
+    ("merge_method", "slices", "told"),
+    [
+        (
+            "passthrough",
+            {"path": PATHS["any at each place"] | {"layers": [4, 6]}},
+            "path.layers is [4, 6]; zoo:sorter",
+        ),
+        (
+            "passthrough",
+            {"path": PATHS["layers of two models"] | {"layers": 6}},
+            "path.layers is 6; zoo:reverser",
+        ),
+        (
+            "linear",
+            {
+                "groups": {
+                    "layers": 6,
+                    "models": [{"model": {"choice": [*SPECIALISTS]}}],
+                    "parameters": {"weight": {"search": [0, 1]}},
+                }
+            },
+            "groups.layers is 6; zoo:reverser",
+        ),
+    ],
+)
+def test_layers_that_a_model_has_not_are_told_before_anything_is_written(
+    tmp_path: Path, suite: Path, merge_method: str, slices: dict[str, Any], told: str
+) -> None:
+    file = written(tmp_path, suite, merge_method=merge_method, slices=slices)
+    line = 1 + next(i for i, text in enumerate(file.read_text().splitlines()) if "layers:" in text)
+    whole = f"{file}:{line}: slices.{told} has no layer 4: it has 4 layers"
+    with pytest.raises(RequestError, match=re.escape(whole)), open_study(file, tmp_path / "study"):
+        pass
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("live", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32"])
