@@ -11,7 +11,7 @@ from merge.errors import RecipeError
 from merge.experts.sections import Architecture, ExpertEntry, Mode, RouterSection, SharedExpert
 from merge.fields import Dtype, Label, Parameters, Pattern, Strict
 from merge.lines import Lines, nearest
-from merge.search.sections import GenomeSection, ObjectiveSection, StudySection
+from merge.search.sections import GenomeSection, ObjectiveSection, StudySection, TaskSection
 from merge.search.space import varying
 from merge.tokens.sections import (
     StopSection,
@@ -217,7 +217,7 @@ def read_section(
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _validation_error(error, lines, at) from None
+        raise _validation_error(error, lines, at, kind) from None
 
 
 def _check_adapter(sections: Sections, lines: Lines) -> None:
@@ -272,18 +272,20 @@ def _check_kinds(part: Sections | ModuleEntry, path: tuple[str, ...], lines: Lin
 
 
 def _validation_error(
-    error: ValidationError, lines: Lines, at: tuple[str | int, ...]
+    error: ValidationError, lines: Lines, at: tuple[str | int, ...], kind: type[Strict]
 ) -> RecipeError:
-    """pydantic's first finding in our words; an unknown key is often the cause of the others."""
+    """pydantic's first finding in a table of that kind, in our words; an unknown key is often the cause of the
+    others."""
     found = error.errors()
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     path = (*at, *first["loc"])
     name, key = ".".join(map(str, path)), str(path[-1])
     if first["type"] == "extra_forbidden":
-        fields = _kind_at(path[:-1]).model_fields
+        fields = _kind_at(first["loc"][:-1], kind).model_fields
         allowed = [field.alias or name for name, field in fields.items()]
         meant = _elsewhere(key) or nearest(key, allowed)
-        what = f"unknown key {key!r}{meant}; allowed: {', '.join(allowed)}"
+        inside = f"{'.'.join(map(str, path[:-1]))}: " if len(path) > 1 else ""
+        what = f"{inside}unknown key {key!r}{meant}; allowed: {', '.join(allowed)}"
         return lines.error(path, what)
     if first["type"] == "missing":
         whole = "a recipe needs merge_method and models, slices or modules"
@@ -309,13 +311,15 @@ _KINDS: dict[str, type[Strict]] = {
     "shared_experts": SharedExpert,
     "router": RouterSection,
     "study": StudySection,
+    "tasks": TaskSection,
     "objectives": ObjectiveSection,
     "genome": GenomeSection,
 }
 
 
-def _kind_at(path: Sequence[str | int]) -> type[Strict]:
-    return next((_KINDS[str(part)] for part in reversed(path) if part in _KINDS), Sections)
+def _kind_at(path: Sequence[str | int], kind: type[Strict]) -> type[Strict]:
+    """What stands at a path within a table of that kind."""
+    return next((_KINDS[str(part)] for part in reversed(path) if part in _KINDS), kind)
 
 
 def _elsewhere(key: str) -> str:

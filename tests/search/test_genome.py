@@ -160,6 +160,7 @@ GENOME = {"models": ["a", "b"], "merge_method": "linear"}
         ({"genome": 3} | TASKS, "genome must be a table"),
         ({"genome": GENOME}, "tasks must be a list"),
         ({"genome": GENOME, "tasks": [{"name": "a", "weight": 0}]}, "other than 0"),
+        ({"genome": GENOME, "tasks": [{"name": "a", "wait": 1}]}, "tasks.0: unknown key 'wait' .*weight"),
         ({"genome": GENOME, "models": []} | TASKS, "unknown key 'models' beside a genome"),
         ({"genome": GENOME, "num_fewshot": 5} | TASKS, "num_fewshot is not taken over"),
         ({"genome": GENOME, "tasks": [{"name": "a"}, {"name": "b"}, {"name": "a"}]}, "a is there twice"),

@@ -552,6 +552,11 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"study": {"start": [{"parameters.density": 2.0}]}}, "must be from 0.1 to 0.9"),
         ({"parameters": {}, "models": [{"model": "zoo:sorter"}]}, "nothing in it may vary"),
         ({"study": {"tasks": [{"task": "a"}, {"task": "a", "metric": "f1"}]}}, "a is there twice"),
+        (
+            {"study": {"tasks": [{"task": "a"}, {"task": "b", "metrik": "f1"}]}},
+            r"study.tasks.1: unknown key 'metrik' .did you mean 'metric'.*; allowed: task, metric,",
+        ),
+        ({"study": {"tasks": [{"metric": "f1"}]}}, "study.tasks.0.task is missing; .* tasks needs"),
         ({"study": {"objectives": ["quickstart_search_revers"]}}, "no task .* .did you mean"),
         (
             {"study": {"tasks": [{"task": "quickstart_srt"}]}},
