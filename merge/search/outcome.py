@@ -27,7 +27,8 @@ class Outcome:
 
     Of several objectives `top` is the front, and the winner has the best mean of them on val. `kin`: what is
     told of the ancestors that models of a candidate share, by number. `saved`: documents that those were not
-    asked that were given up, by number. `home`: from where relative names in recipes start.
+    asked that were given up, by number. `home`: from where relative names in recipes start. `used_up`: whether
+    the search ended because nothing new was left to try.
     """
 
     winner: Candidate
@@ -42,6 +43,7 @@ class Outcome:
     kin: Mapping[int, Sequence[str]] = field(default_factory=dict)
     saved: Mapping[int, int] = field(default_factory=dict)
     home: Path = Path()
+    used_up: bool = False
 
     @property
     def average_is_as_good(self) -> bool:
@@ -83,6 +85,7 @@ class Outcome:
             "saved": {str(number): count for number, count in self.saved.items()},
             "average_is_as_good": self.average_is_as_good,
             "winners_tested": self.winners,
+            "used_up": self.used_up,
             "verdict": asdict(verdict) | {"words": verdict.words} if verdict else None,
         }
 

@@ -50,7 +50,7 @@ class Setup:
 @dataclass
 class Study:
     """What is searched and how: a space, its settings, the candidates so far. `notes`: what happened on the
-    way that people should know."""
+    way that people should know. `used_up`: nothing new was left to try before the study was over."""
 
     setup: Setup
     space: Space
@@ -58,6 +58,7 @@ class Study:
     ledger: Ledger
     scorer: Scorer
     notes: list[str] = field(default_factory=list)
+    used_up: bool = False
 
     @property
     def file(self) -> Path:
@@ -76,11 +77,20 @@ class Study:
         for worker in self.ledger.workers():
             if not self.setup.shared or is_gone(worker):
                 self.ledger.release(worker)
+        before = _count_searched(self.ledger.all())
+        if before > self.section.trials:
+            what = f"{before} candidates were tried before, and trials is {self.section.trials}"
+            self.notes.append(f"{what}: none is added, and the best of all are compared")
         self._enter_baselines()
         if placing:
             placing(self, tell)
         else:
             self.work(own_name(), tell)
+        every = self.ledger.all()
+        if not self._is_over(every):
+            self.used_up = True
+            what = f"after {_count_searched(every)} of {self.section.trials} candidates nothing new is left to try"
+            self.notes.append(f"{what}: there are no others, or the sampler proposes none")
         return self.outcome()
 
     def check_share(self, share: Setup) -> None:
@@ -160,7 +170,7 @@ class Study:
     def _is_over(self, every: Sequence[Candidate]) -> bool:
         """Trials and documents count over all runs of the study, minutes for this one."""
         section, until = self.section, self.setup.until
-        if sum(is_searched(candidate.origin) for candidate in every) >= section.trials:
+        if _count_searched(every) >= section.trials:
             return True
         scores = [candidate.scores for candidate in every if candidate.scores]
         documents = sum(len(v) for found in scores for v in found["values"].values())
@@ -212,7 +222,7 @@ class Study:
         kin = {c.number: tuple(ancestry_notes(self.scorer.plan(c.recipe))) for c in found}
         saved = {c.number: self.scorer.saved(c.scores or {}) for c in every if c.state == PRUNED}
         rest = (again, test, verdict, failed, winners, self.section, kin, saved, self.file.parent)
-        return Outcome(winner, tuple(found), tuple(rivals), *rest)
+        return Outcome(winner, tuple(found), tuple(rivals), *rest, used_up=self.used_up)
 
     def _found(self, done: list[Candidate]) -> list[Candidate]:
         """The best of the search on dev, the best mean first; of several objectives, all that
@@ -245,6 +255,10 @@ class Study:
             self.ledger.release(worker)
             raise
         self.ledger.end_look(candidate.number, split, worker, scores)
+
+
+def _count_searched(every: Sequence[Candidate]) -> int:
+    return sum(is_searched(candidate.origin) for candidate in every)
 
 
 def _rank(candidate: Candidate) -> tuple[float, int]:

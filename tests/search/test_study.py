@@ -123,6 +123,11 @@ def test_a_longer_search_goes_on_from_a_shorter_one(
     longer, outcome = searched(written(tmp_path, suite, trials=4), tmp_path / "study")
     assert facts(longer) == facts(whole[0])
     assert replace(outcome, winners=1).as_json() == whole[1].as_json()
+    with open_study(written(tmp_path, suite, trials=1), tmp_path / "study") as study:
+        assert study.run().as_json() == outcome.as_json()
+        assert facts(study.ledger.all()) == facts(longer)
+        (note,) = study.notes
+    assert note.startswith("4 candidates were tried before, and trials is 1: none is added")
 
 
 def test_test_is_looked_at_once_for_each_winner_and_told_how_often(
@@ -133,11 +138,15 @@ def test_test_is_looked_at_once_for_each_winner_and_told_how_often(
     models = [{"model": model, **better} for model in SPECIALISTS]
     space = {"base_model": "zoo:base", "merge_method": "task_arithmetic", "models": models}
     winners = set()
-    for trials, new in ((1, BASELINES + 1), (4, 3), (4, 0)):
+    for trials, new in ((1, BASELINES + 1), (4, 3), (9, 0)):
         looked.clear()
         file = written(tmp_path, suite, trials, **space)
         file.write_text(file.read_text().replace("seed: 5", "sampler: grid"))
-        _, outcome = searched(file, tmp_path / "study")
+        with open_study(file, tmp_path / "study") as study:
+            outcome = study.run()
+            told = ["after 4 of 9 candidates nothing new is left"] if trials == 9 else []
+            assert [note[: len(told[0])] for note in study.notes] == told
+        assert outcome.as_json()["used_up"] == (trials == 9)
         first = outcome.winner.number not in winners
         winners.add(outcome.winner.number)
         assert looked.count("dev") == new
