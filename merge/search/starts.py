@@ -23,8 +23,10 @@ def is_searched(origin: str) -> bool:
 def baselines_of(
     data: Mapping[str, Any], section: StudySection
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(origin, recipe) of each parent and of their average; none where the study wants none."""
-    return list(baselines(data)) if section.baselines else []
+    """(origin, recipe) of each parent, of recipes that the search begins with too, and of the average; none
+    where the study wants none."""
+    starts = [recipe for _, recipe in start_recipes(section)]
+    return list(baselines(data, starts)) if section.baselines else []
 
 
 def with_recipes(section: StudySection, file: Path, lines: Lines) -> StudySection:

@@ -22,12 +22,16 @@ def parents_of(data: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*_merged_bases(data), *_models(data)]))
 
 
-def baselines(data: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(origin, recipe) of each parent as it is and of the plain average of all."""
+def baselines(
+    data: Mapping[str, Any], starts: Sequence[Mapping[str, Any]] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(origin, recipe) of each parent as it is, those of recipes that a search `starts` with too, and of the
+    plain average of those that the search itself may merge."""
     common = {key: data[key] for key in ("dtype", "out_dtype") if isinstance(data.get(key), str)}
     about_tokens = {key: data[key] for key in ("tokenizer", "stop", "chat_template") if key in data}
     parents = parents_of(data)
-    for parent in parents:
+    brought = (parent for recipe in starts for parent in parents_of(recipe))
+    for parent in dict.fromkeys([*parents, *brought]):
         yield f"parent {parent}", {"model": parent, **common}
     if len(parents) > 1:
         models = [{"model": parent, "parameters": {"weight": 1.0}} for parent in parents]

@@ -50,16 +50,21 @@ def test_recipes_come_first_then_values_then_what_is_drawn(tmp_path: Path, suite
     values = {"models.0.parameters.weight": 0.5, "models.1.parameters.weight": 0.75}
     file = written(tmp_path, suite, [values, TIES, "known.yaml"])
     candidates, outcome = searched(file)
-    tried = candidates[3:]
+    parents = [f"parent {model}" for model in ("zoo:reverser", "zoo:sorter", "zoo:scribe")]
+    assert [c.origin for c in candidates[:4]] == [*parents, "average"], "of recipes they are rivals"
+    assert [c.recipe["model"] for c in candidates[:3]] == ["zoo:reverser", "zoo:sorter", "zoo:scribe"]
+    assert len(candidates[3].recipe["models"]) == 2, "the average is of what may be merged"
+    assert {c.number for c in outcome.rivals} == set(range(4))
+    tried = candidates[4:]
     assert [c.origin for c in tried] == ["start 2", "start 3", "search", "search"]
     assert [c.recipe for c in tried[:2]] == [TIES, SLERP]
     assert [m["parameters"]["weight"] for m in tried[2].recipe["models"]] == [0.5, 0.75]
     assert {c.number for c in outcome.top} == {c.number for c in tried}, "they may win"
     outcome.save(tmp_path / "study")
-    again = yaml.safe_load((tmp_path / "study/recipes/candidate-4.yaml").read_text())
+    again = yaml.safe_load((tmp_path / "study/recipes/candidate-5.yaml").read_text())
     assert again == SLERP
     longer, _ = searched(written(tmp_path, suite, [values, TIES, "known.yaml"], 6))
-    assert [c.recipe for c in longer[:7]] == [c.recipe for c in candidates]
+    assert [c.recipe for c in longer[:8]] == [c.recipe for c in candidates]
 
 
 SPACE = """
