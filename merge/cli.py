@@ -454,11 +454,11 @@ main.add_command(sweep)
 
 def find_recipe(name: str) -> Path:
     """A recipe file, or a shipped recipe by its name."""
-    from merge.shipped import shipped
+    from merge.shipped import shipped_recipes
 
     if Path(name).is_file() or name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
-    known = {p.stem: p for p in sorted(shipped("recipes").glob("*.yaml"))}
+    known = shipped_recipes()
     if name not in known:
         raise RequestError(
             f"{name}: no such file, and no shipped recipe of that name; there are {', '.join(known)}"

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import RecipeError, RequestError
-from merge.lines import Lines, load_documents
+from merge.lines import Lines, load_documents, nearest
 from merge.search.places import moved
 from merge.search.sections import StudySection
 from merge.search.space import Choice, Dimension, Real, Space, ends, varying
 from merge.search.tried import ABOUT_FILES, baselines
+from merge.shipped import shipped_recipes
 
 START = "start"  # the origin of a candidate whose recipe was given, with its number from 1
 OF_NO_RECIPE = ("study", "adapter", "score", "output")  # keys that a recipe loses when it is tried
@@ -115,10 +116,12 @@ def _is_recipe(entry: Mapping[str, Any]) -> bool:
 
 
 def _recipe_in(name: str, file: Path, lines: Lines, i: int) -> dict[str, Any]:
-    places = (Path(name), file.parent / name)
+    known = shipped_recipes()
+    places = (Path(name), file.parent / name, *([known[name]] if name in known else []))
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise lines.error(("study", "start", i), f"start: no file {name!r} with a recipe")
+        what = f"start: no file {name!r} with a recipe, and no shipped one of that name"
+        raise lines.error(("study", "start", i), f"{what}{nearest(name, list(known), 0.8)}")
     try:
         documents = load_documents(found.read_text(encoding="utf-8"), str(found))
     except (OSError, UnicodeDecodeError):

@@ -11,10 +11,10 @@ from tiny_suite import tiny_suite
 from merge.errors import RequestError
 from merge.lines import load_documents
 from merge.search.asking import Asker
-from merge.search.opening import open_study
+from merge.search.opening import open_study, read_space
 from merge.search.sections import StudySection
 from merge.search.space import Space
-from merge.search.starts import with_values
+from merge.search.starts import check_starts, with_values
 
 TIES = {
     "base_model": "zoo:base",
@@ -98,10 +98,44 @@ def test_a_recipe_that_the_space_may_give_is_placed_in_it() -> None:
         assert space.filled(lambda d, values=found[0]: values[d.name]) == recipe  # type: ignore[misc]
 
 
+GROUPED = """
+merge_method: linear
+slices:
+  groups:
+    layers: 5
+    block: 2
+    models: [{model: a, parameters: {weight: {search: [0.0, 1.0]}}}, {model: b}]
+    parameters:
+      weight: [{filter: mlp, value: {search: [0.0, 1.0]}}, {value: {search: [0.0, 1.0]}}]
+"""
+
+
+def test_values_of_rules_and_of_groups_are_named_by_their_places() -> None:
+    ((data, lines),) = load_documents(GROUPED, "space.yaml")
+    space = Space(data, lines)
+    dimensions = {dimension.name: dimension for dimension in space.dimensions()}
+    values = {"slices.2.sources.0.parameters.weight": 0.25, "slices.1.parameters.weight.1.value": 0.5}
+    section = with_values(StudySection(start=[values], sampler="tpe"), space)
+    check_starts(section, dimensions, lines)
+    answer = Asker(space, section).ask(0)
+    assert answer is not None
+    recipe, _ = answer
+    assert recipe["slices"][2]["sources"][0]["parameters"]["weight"] == 0.25
+    assert recipe["slices"][1]["parameters"]["weight"][1]["value"] == 0.5
+
+
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path: Path, suite: Path) -> None:
+    _, section = read_space(written(tmp_path, suite, ["soup"]), {}, None)
+    (soup,) = section.start
+    assert isinstance(soup, dict)
+    assert [entry["model"] for entry in soup["models"]][::3] == ["zoo:reverser", "zoo:scribe"]
+
+
 @pytest.mark.parametrize(
     ("start", "told"),
     [
         (["absent.yaml"], "no file 'absent.yaml'"),
+        (["soupe"], "no shipped one of that name .did you mean 'soup'"),
         ([SLERP | {"parameters": {"t": {"search": [0, 1]}}}], "parameters.t may vary"),
         ([SLERP | {"merge_method": "slrp"}], "slrp"),
         ([SLERP | {"models": [{"model": "./absent"}]}], "absent"),
