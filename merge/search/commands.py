@@ -106,8 +106,8 @@ def _searched(recipe: str, sampler: str | None, given: Mapping[str, Any]) -> Non
         with _told_live(given["as_json"]) as tell:
             outcome = study.run(tell, placing)
         outcome.save(folder)
-    for candidate in outcome.top[: given["write"]]:
-        _write(folder, candidate, outcome, given)
+        for candidate in outcome.top[: given["write"]]:
+            _write(folder, candidate, outcome, given)
     for note in study.notes:
         click.echo(f"note: {note}", err=True)
     if given["as_json"]:

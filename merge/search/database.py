@@ -60,6 +60,16 @@ def opened(url: str, attempt: Callable[[], Found]) -> Found:
     raise AssertionError
 
 
+def file_of(url: str) -> Path | None:
+    """The file of a database of SQLite, links followed; None of any other."""
+    try:
+        parsed = sql.make_url(url)
+    except (sql.exc.SQLAlchemyError, ValueError):
+        return None
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database
+    return Path(str(parsed.database)).resolve() if is_file else None
+
+
 def _patient(connection: Any, _: Any) -> None:
     """SQLite: others may write meanwhile."""
     connection.execute("PRAGMA busy_timeout = 30000")

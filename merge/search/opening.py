@@ -18,6 +18,7 @@ from merge.lines import Lines, load_documents, nearest
 from merge.score import check_installed
 from merge.search.asking import sampler_for
 from merge.search.automerger import expanded
+from merge.search.database import file_of
 from merge.search.front import unknown_tasks
 from merge.search.genome import converted, layers_of
 from merge.search.ledger import Ledger
@@ -69,6 +70,9 @@ def open_study(
     )  # fmt: skip
     if (folder / "config.json").exists():
         raise OutputError(f"{folder}: holds a model; choose another --output")
+    if url and (folder / DATABASE).exists() and file_of(url) != (folder / DATABASE).resolve():
+        what = "holds a search with a database of its own, and --study names another"
+        raise OutputError(f"{folder}: {what}; choose another --output")
     prepared = _prepared(setup)
     shared = _entered(setup, *prepared) if url else None  # first: it may be out of reach
     with _alone(folder):

@@ -83,11 +83,11 @@ class StudySection(Strict):
     documents of each task that are searched on; what the best are compared on is not limited. `top`: how
     many of the best are scored again on what the search did not see. `tasks`: of lm-eval, in the place of a
     suite; `include`: a folder with files of tasks. `start`: what is tried first: values by dimension,
-    recipes, names of their files or of shipped ones. `baselines`: every parent, those of such recipes too, and the plain
-    average of what the search itself may merge are candidates too. `objectives`: tasks, or means of some,
-    each of which shall be as high as it can; with none it is the mean over all. `population`: candidates of a
-    generation of nsga-ii. `prune`: candidates that are clearly worse than the best so far are not asked all
-    documents."""
+    recipes, names of their files or of shipped ones. `baselines`: every parent, those of such recipes too,
+    and the plain average of what the search itself may merge are candidates too. `objectives`: tasks, or
+    means of some, each of which shall be as high as it can; with none it is the mean over all. `population`:
+    candidates of a generation of nsga-ii. `prune`: candidates that are clearly worse than the best so far
+    are not asked all documents."""
 
     suite: str = "quickstart"
     tasks: list[TaskSection] | None = Field(default=None, min_length=1)

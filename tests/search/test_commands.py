@@ -1,17 +1,20 @@
 """The commands of searches, as they are typed."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from ran import Ran
 from tiny_suite import tiny_suite
 
+from merge.pipeline import run_recipe
 from merge.search.opening import read_space
 from merge.search.space import Choice
 from merge.shipped import shipped
@@ -94,7 +97,17 @@ def test_the_table_has_the_best_the_parents_and_their_average(
     assert ran.err == ""
 
 
-def test_json_is_one_document_and_the_best_is_written(sweep: Path, command: Command) -> None:
+def test_json_is_one_document_and_the_best_is_written(
+    sweep: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the folder is the run's alone."""
+
+    def alone(*given: Any, **more: Any) -> Any:
+        with Path("study/study.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return run_recipe(*given, **more)
+
+    monkeypatch.setattr("merge.pipeline.run_recipe", alone)
     arguments = ("sweep", sweep, "-o", "study", "--trials", 2, "--json", "--write", 1)
     ran = command(*arguments)
     told = json.loads(ran.out)

@@ -144,6 +144,22 @@ def test_a_database_out_of_reach_leaves_no_folder(tmp_path: Path, suite: Path) -
     assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_with_a_database_of_its_own_takes_no_other_search(
+    tmp_path: Path, suite: Path
+) -> None:
+    file, folder = written(tmp_path, suite, TRIALS, **_linear(0.9)), tmp_path / "a"
+    with open_study(file, folder):
+        pass
+    with (
+        pytest.raises(OutputError, match="a: holds a search with a database of its own"),
+        open_study(file, folder, url=f"sqlite:///{tmp_path}/shared.db"),
+    ):
+        pass
+    assert not (tmp_path / "shared.db").exists()
+    with open_study(file, folder, url=f"sqlite:///{folder}/study.db"):
+        pass
+
+
 def _linear(high: float) -> dict[str, Any]:
     models = [
         {"model": m, "parameters": {"weight": {"search": [0.1, high]}}}
