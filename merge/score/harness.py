@@ -15,6 +15,7 @@ from merge.score.suite import Suite, Task
 
 LEAF = ("TASK", "PY_TASK")  # what the harness calls an entry that has documents itself
 SEED = 1234  # lm-eval's own, for few-shot examples, sampled answers and what numpy draws
+CLOSE = 0.8  # likeness of names from which one of 15,000 may be meant
 
 
 def check_installed() -> None:
@@ -52,16 +53,21 @@ def tasks_by_name(names: Sequence[str], include: Sequence[Path] = ()) -> tuple[S
         raise RequestError("no task is named; write names of lm-eval, separated by commas")
     if twice := first_twice([name for name, _, _ in asked]):
         raise RequestError(f"task {twice} is named twice; one metric of a task counts")
-    for folder in include:
-        if not any(folder.glob("**/*.yaml")):
-            raise RequestError(f"{folder}: holds no task files of lm-eval (*.yaml)")
+    check_holds_tasks(include)
     harness = harness_with([name for name, _, _ in asked], include)
     tasks: dict[str, Task] = {}
     for pattern, _, metric in asked:
         for name in matching(pattern, harness):
-            tasks[name] = _task(name, metric, harness)
+            tasks[name] = task_by(name, metric, harness)
     label = ",".join(name for name, _, _ in asked)
     return Suite(label, Path(), tuple(tasks.values()), 1, tuple(include)), harness
+
+
+def check_holds_tasks(include: Sequence[Path]) -> None:
+    """Raises RequestError where one of these folders has no files of tasks."""
+    for folder in include:
+        if not any(folder.glob("**/*.yaml")):
+            raise RequestError(f"{folder}: holds no task files of lm-eval (*.yaml)")
 
 
 def check_tasks(suite: Suite, harness: Any) -> None:
@@ -137,17 +143,20 @@ def matching(pattern: str, harness: Any) -> list[str]:
     found = sorted(harness.match_tasks([pattern])) if "*" in pattern else []
     if not found:
         raise RequestError(
-            f"no task, group or tag {pattern!r} in lm-eval{nearest(pattern, harness.all_tasks)}; "
+            f"no task, group or tag {pattern!r} in lm-eval{nearest(pattern, harness.all_tasks, CLOSE)}; "
             "`lm-eval ls tasks` lists them; `include` names a folder of your own"
         )
     return found
 
 
-def _task(name: str, metric: str, harness: Any) -> Task:
+def task_by(name: str, metric: str, harness: Any) -> Task:
+    """A task that the harness has, and what counts of it: the metric of that name (NAME, NAME:FILTER or as
+    lm-eval writes it), or where that is empty the first one that the task lists. Raises RequestError."""
     known = metrics_of(name, harness)
     wanted = metric.replace(":", ",")
     if not wanted and not known:
-        raise RequestError(f"task {name}: only its code knows its metrics; write {name}=METRIC")
+        what = f"write {name}=METRIC, or in a study metric: METRIC"
+        raise RequestError(f"task {name}: only its code knows its metrics; {what}")
     fitting = [m for m in known if not wanted or m == wanted or m.partition(",")[0] == wanted]
     if known and not fitting:
         told = ", ".join(m.removesuffix(",none").replace(",", ":") for m in known)

@@ -35,6 +35,7 @@ from merge.search.starts import (
     with_values,
 )
 from merge.search.study import Setup, Study, check_plans
+from merge.search.tasks import with_metrics
 from merge.search.tried import parents_of
 from merge.sections import read_section
 from merge.sources.model import Model
@@ -90,6 +91,7 @@ def _prepared(setup: Setup) -> tuple[Space, StudySection, Scorer]:
     """Everything that can be wrong with a search is found here; nothing is written."""
     space, section = read_space(setup.file, setup.changes, setup.sampler, offline=setup.offline)
     _check_search_installed()
+    section = with_metrics(section, space.lines)
     scorer = Scorer(setup.file, section, setup.memory, setup.threads, setup.offline)
     _check_objectives(section, scorer, space.lines)
     _check_documents(section, space, scorer)

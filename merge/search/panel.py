@@ -8,15 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from merge.agreement import canonical
 from merge.errors import RequestError, ScoreError
-from merge.score import Suite, Task, task_manager
-from merge.score.harness import leaves, matching, tree_of
+from merge.score import Suite, Task
+from merge.score.harness import harness_with, leaves, matching, tree_of
 from merge.score.running import set_examples
 from merge.search.documents import (
     APART,
@@ -30,11 +29,10 @@ from merge.search.documents import (
     split_by_hash,
 )
 from merge.search.front import shares_of
-from merge.search.sections import ObjectiveSection, StudySection
+from merge.search.sections import ObjectiveSection
 from merge.search.verdict import Values, mean_of
 
 NUMBERS = (int, float, np.number, np.bool_)
-BATCH_SIZE = 8  # of tasks that come without a suite
 
 
 @dataclass(frozen=True)
@@ -162,18 +160,6 @@ class Panel:
         return float(values[metric])
 
 
-def suite_of(section: StudySection) -> Suite:
-    """The suite that a study searches on: a shipped one, one in a folder, or tasks by their names."""
-    if section.tasks is None:
-        return Suite.named(section.suite)
-    include = (Path(section.include),) if section.include else ()
-    for folder in include:
-        if not any(folder.glob("*.yaml")):
-            raise RequestError(f"{folder}: holds no task files of lm-eval (*.yaml)")
-    tasks = [Task(each.task, each.metric, each.higher_is_better) for each in section.tasks]
-    return Suite("tasks", Path(), tuple(tasks), BATCH_SIZE, include)
-
-
 def panels(
     of: str | Suite, limit: int | None, objectives: Sequence[ObjectiveSection] = ()
 ) -> dict[str, Panel]:
@@ -184,10 +170,11 @@ def panels(
     """
     suite, apart = (of, None) if isinstance(of, Suite) else (Suite.named(of), _apart(of))
     looked = apart or suite
-    documents = {task.name: _documents(suite, task) for task in looked.tasks}
+    harness = harness_with([task.name for task in (*looked.tasks, *suite.tasks)], suite.include)
+    documents = {task.name: _documents(harness, task) for task in looked.tasks}
     splits = split_by_hash(documents, APART if apart else SHARES)
     if apart:
-        last = {task.name: _documents(suite, task) for task in suite.tasks}
+        last = {task.name: _documents(harness, task) for task in suite.tasks}
         numbers = {task: tuple(range(len(found))) for task, found in last.items()}
         splits["test"] = Split("test", numbers)
         refuse_overlap([("search", documents), ("test", last)])
@@ -195,9 +182,9 @@ def panels(
     check_sizes([splits[name] for name in SPLITS if not apart or name != "test"])
     dev = limited(splits["dev"], limit)
     return {
-        "dev": _panel(looked, dev, objectives),
-        "val": _panel(looked, splits["val"], objectives),
-        "test": _panel(suite, splits["test"], objectives),
+        "dev": _panel(harness, looked, dev, objectives),
+        "val": _panel(harness, looked, splits["val"], objectives),
+        "test": _panel(harness, suite, splits["test"], objectives),
     }
 
 
@@ -209,8 +196,10 @@ def _apart(name: str) -> Suite | None:
         return None
 
 
-def _panel(suite: Suite, split: Split, objectives: Sequence[ObjectiveSection]) -> Panel:
-    tasks = _lm_eval_tasks(suite, suite.tasks)
+def _panel(
+    harness: Any, suite: Suite, split: Split, objectives: Sequence[ObjectiveSection]
+) -> Panel:
+    tasks = _lm_eval_tasks(harness, suite.tasks)
     for name, task in tasks.items():
         numbers = list(split.documents[name])
         task.build_all_requests(samples=numbers, rank=0, world_size=1)
@@ -225,13 +214,13 @@ def _of(task: Any, places: Sequence[int]) -> Any:
     return part
 
 
-def _documents(suite: Suite, task: Task) -> list[Mapping[str, Any]]:
-    return list(_lm_eval_tasks(suite, [task])[task.name].eval_docs)
+def _documents(harness: Any, task: Task) -> list[Mapping[str, Any]]:
+    return list(_lm_eval_tasks(harness, [task])[task.name].eval_docs)
 
 
-def _lm_eval_tasks(suite: Suite, tasks: Sequence[Task]) -> dict[str, Any]:
+def _lm_eval_tasks(harness: Any, tasks: Sequence[Task]) -> dict[str, Any]:
     """lm-eval's tasks by name, with as many solved examples as the suite says; RequestError for a group."""
-    harness, found = task_manager(suite), {}
+    found = {}
     for task in tasks:
         parts = list(leaves(tree_of(matching(task.name, harness), harness)))
         if len(parts) != 1:

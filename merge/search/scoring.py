@@ -22,9 +22,10 @@ from merge.score import (
     scoring_dtype,
 )
 from merge.search.live import LiveModel, Shells
-from merge.search.panel import Marks, Panel, panels, suite_of
+from merge.search.panel import Marks, Panel, panels
 from merge.search.pruning import Bar, blocks_of, marks_until
 from merge.search.sections import StudySection
+from merge.search.tasks import suite_of
 from merge.sources.model import Model
 
 NOT_SEARCHED = ("adapter", "experts", "mixture")

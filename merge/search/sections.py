@@ -40,11 +40,12 @@ class ObjectiveSection(Strict):
 
 
 class TaskSection(Strict):
-    """A task of lm-eval and the metric of it that counts."""
+    """A task of lm-eval and the metric of it that counts: without one the first that the task lists, and
+    without a direction that which the harness knows."""
 
     task: str = Field(min_length=1)
-    metric: str = Field(default="acc,none", min_length=1)
-    higher_is_better: bool = True
+    metric: str | None = Field(default=None, min_length=1)
+    higher_is_better: bool | None = None
 
 
 class GenomeTask(Strict):

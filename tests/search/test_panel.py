@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness_tasks import choices_in, perplexity_in
 from tiny_suite import tiny_suite
 
-from merge.errors import ScoreError
-from merge.score import Suite, score_models
+from merge.errors import RequestError, ScoreError
+from merge.lines import Lines
+from merge.score import Suite, score_models, tasks_by_name
 from merge.search.panel import panels
 from merge.search.scoring import Scorer
 from merge.search.sections import StudySection
+from merge.search.tasks import suite_of, with_metrics
 from merge.shipped import shipped
 
 CHOICE = """
@@ -81,6 +84,25 @@ def test_answers_that_say_nothing_or_do_not_end_are_counted(suite: Path, tmp_pat
     assert good["truncated"] + good["empty"] < 0.1
     assert wild["truncated"] + wild["empty"] + wild["alike"] > 0.5
     assert np.isfinite(wild["mean"])
+
+
+def test_what_counts_of_a_task_is_what_counts_in_score(tmp_path: Path) -> None:
+    folder, names = choices_in(tmp_path / "mine"), ["letters", "texts"]
+    perplexity_in(folder)
+    lines = Lines("r.yaml", {("study", "tasks"): 3})
+
+    def found(*metrics: str | None) -> Suite:
+        tasks = [{"task": n, "metric": m} for n, m in zip(names, metrics, strict=True)]
+        section = StudySection.model_validate({"tasks": tasks, "include": str(folder)})
+        return suite_of(with_metrics(section, lines))
+
+    assert found(None, None).tasks == tasks_by_name(names, [folder])[0].tasks
+    assert [t.metric for t in found("acc_norm", "bits_per_byte,none").tasks] == [
+        "acc_norm,none",
+        "bits_per_byte,none",
+    ]
+    with pytest.raises(RequestError, match=r"r.yaml:3: study.tasks.1: task texts has no metric 'f1'; "):
+        found(None, "f1")
 
 
 @pytest.mark.parametrize(

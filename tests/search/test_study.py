@@ -569,7 +569,7 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"study": {"objectives": ["quickstart_search_revers"]}}, "no task .* .did you mean"),
         (
             {"study": {"tasks": [{"task": "quickstart_srt"}]}},
-            "no task, group or tag 'quickstart_srt'",
+            "study.tasks.0: no task, group or tag 'quickstart_srt' in lm-eval; ",
         ),
         ({"variants": [{"dtype": "float32"}, {"merge_method": "sler"}]}, "did you mean 'slerp'"),
         ({"variants": [{}, {"parameters": {"wait": {"search": [0, 1]}}}]}, "'wait'"),
