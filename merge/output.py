@@ -14,6 +14,7 @@ from merge.carry import carried_digests, input_sizes, told_inputs, versions_of
 from merge.errors import OutputError, PlanError
 from merge.plan import Operand, Plan
 from merge.reader import Reader
+from merge.search import LOCK
 from merge.verify import provenance_of
 from merge.write import input_stamps, layout, partial_of
 
@@ -44,6 +45,9 @@ def usable(folder: Path, plan: Plan) -> Path:
             raise OutputError(f"{part}: is a file; choose another output")
     if whole.exists() and whole.is_mount():
         raise OutputError(f"{folder}: is a mount point; choose a folder in it")
+    if (whole / LOCK).exists():
+        what = "holds a search (mergetool evolve or sweep goes on with it, mergetool report shows it)"
+        raise OutputError(f"{folder}: {what}; choose another output")
     for model in plan.models:
         for read in (model.folder, *(file.parent for file in model.beside)):
             if read.resolve() in (whole, *whole.parents):

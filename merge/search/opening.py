@@ -16,6 +16,7 @@ from merge.anatomy import layer_tensors, main_stack
 from merge.errors import OutputError, RequestError
 from merge.lines import Lines, load_documents, nearest
 from merge.score import check_installed
+from merge.search import LOCK
 from merge.search.asking import sampler_for
 from merge.search.automerger import expanded
 from merge.search.database import file_of
@@ -41,7 +42,7 @@ from merge.sections import read_section
 from merge.sources.model import Model
 from merge.write import writing
 
-DATABASE, LOCK = "study.db", "study.lock"
+DATABASE = "study.db"
 NAME = "study"  # in a database of its own: it may be moved
 LONGER = {"trials", "minutes", "documents", "top"}  # what a study may go on with otherwise
 ASKED_BY = ("optuna", "cmaes")

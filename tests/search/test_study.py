@@ -207,6 +207,17 @@ def test_the_folder_of_a_model_is_left_alone(tmp_path: Path, suite: Path) -> Non
     assert sorted((tmp_path / "model").iterdir()) == before
 
 
+def test_the_folder_of_a_search_is_no_place_for_a_model(tmp_path: Path, suite: Path) -> None:
+    with open_study(written(tmp_path, suite, trials=1), tmp_path / "study"):
+        pass
+    before = sorted((tmp_path / "study").iterdir())
+    (tmp_path / "merge.yaml").write_text("model: zoo:sorter\n")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"study: holds a search .*mergetool report"):
+            run_recipe(tmp_path / "merge.yaml", tmp_path / "study", overwrite=overwrite)
+    assert sorted((tmp_path / "study").iterdir()) == before
+
+
 def test_nothing_is_written_for_a_candidate_beside_the_database(
     tmp_path: Path, suite: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
