@@ -1,12 +1,11 @@
 """Scores of models, as numbers, as JSON and as a table."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from merge.score.suite import Suite, Task
+from merge.score.suite import Suite, Task, shares_by_part
 
 # shares of the answers of a task above which a note is given
 MOST = {"cut_prompts": 0.01, "truncated": 0.1, "empty": 0.05, "looping": 0.05, "alike": 0.5}
@@ -76,13 +75,10 @@ class ModelScores:
         return math.sqrt(math.fsum((w * s.stderr) ** 2 for w, s in self._weighed()))
 
     def _weighed(self) -> list[tuple[float, Score]]:
-        """Each score with its weight in the mean; a task of no part is one itself."""
-        parts = [score.part or ("", name) for name, score in self.tasks.items()]
-        sizes = Counter(parts)
-        return [
-            (1 / len(sizes) / sizes[part], score)
-            for part, score in zip(parts, self.tasks.values(), strict=True)
-        ]
+        """Each score with its weight in the mean."""
+        shares = shares_by_part({name: score.part for name, score in self.tasks.items()})
+        total = math.fsum(shares.values())
+        return [(shares[name] / total, score) for name, score in self.tasks.items()]
 
     def notes(self) -> list[str]:
         """What is doubtful about its answers, a line each."""

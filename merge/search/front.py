@@ -23,12 +23,13 @@ def objectives_of(section: StudySection) -> dict[str, list[str]]:
     return {each.name: list(each.tasks) for each in section.objectives}
 
 
-def shares_of(objectives: Sequence[ObjectiveSection], tasks: Sequence[str]) -> dict[str, float]:
+def shares_of(
+    objectives: Sequence[ObjectiveSection], tasks: Mapping[str, float]
+) -> dict[str, float]:
     """What each task counts in the one mean that candidates are chosen by and compared in, of any sum.
 
-    That is the mean of the objectives, each the mean of its tasks by their weights. All of `tasks` count
-    alike where there are no objectives, or where they name others, as where a suite keeps other tasks for
-    the end.
+    That is the mean of the objectives, each the mean of its tasks by their weights. Where there are none, or
+    they name others than `tasks`, as where a suite keeps other tasks for the end, it is what `tasks` says.
     """
     shares: dict[str, float] = {}
     for each in objectives:
@@ -36,7 +37,7 @@ def shares_of(objectives: Sequence[ObjectiveSection], tasks: Sequence[str]) -> d
         for task, weight in each.tasks.items():
             shares[task] = shares.get(task, 0.0) + weight / total
     if not shares or any(task not in tasks for task in shares):
-        return dict.fromkeys(tasks, 1.0)
+        return dict(tasks)
     return shares
 
 

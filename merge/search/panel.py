@@ -17,6 +17,7 @@ from merge.errors import RequestError, ScoreError
 from merge.score import Suite, Task
 from merge.score.harness import harness_with, leaves, matching, tree_of
 from merge.score.running import set_examples
+from merge.score.suite import shares_by_part
 from merge.search.documents import (
     APART,
     SHARES,
@@ -37,10 +38,11 @@ NUMBERS = (int, float, np.number, np.bool_)
 
 @dataclass(frozen=True)
 class Marks:
-    """What came of a model's answers. `values`: of the metric, by task, [documents], larger is better.
-    `answers`: log-probabilities and whether they were the likeliest, or texts, by task. `truncated`, `empty`,
-    `alike`: shares of the answers that stopped at the limit, say nothing, or are the most frequent one of
-    their task. `shares`: what each task counts in the mean, of any sum; one without counts nothing."""
+    """What came of a model's answers. `values`: of the metric, in parts of full marks, by task, [documents],
+    larger is better. `answers`: log-probabilities and whether they were the likeliest, or texts, by task.
+    `truncated`, `empty`, `alike`: shares of the answers that stopped at the limit, say nothing, or are the
+    most frequent one of their task. `shares`: what each task counts in the mean, of any sum; one without
+    counts nothing."""
 
     values: Mapping[str, Values]
     answers: Mapping[str, list[Any]]
@@ -80,9 +82,12 @@ class Panel:
     def digest(self) -> str:
         """Stands for the documents and what counts of them."""
         found = {
-            name: [self.metrics[name].metric, [r.args[0] for r in task.instances], documents]
+            name: [
+                *(counts.metric, counts.higher_is_better, counts.full),
+                *([r.args[0] for r in task.instances], [identity(r.doc) for r in task.instances]),
+            ]
             for name, task in self.tasks.items()
-            for documents in [[identity(r.doc) for r in task.instances]]
+            for counts in [self.metrics[name]]
         }
         return hashlib.sha256(canonical([found, dict(self.shares)]).encode()).hexdigest()
 
@@ -139,8 +144,8 @@ class Panel:
             self._value(name, task, sorted(requests, key=lambda request: request.idx))
             for _, requests in sorted(by_document.items())
         ]
-        sign = 1.0 if self.metrics[name].higher_is_better else -1.0
-        return sign * np.array(found)
+        counts = self.metrics[name]
+        return (1.0 if counts.higher_is_better else -1.0) / counts.full * np.array(found)
 
     def _value(self, name: str, task: Any, requests: Sequence[Any]) -> float:
         """The metric of a document whose requests these are; raises ScoreError."""
@@ -203,7 +208,7 @@ def _panel(
     for name, task in tasks.items():
         numbers = list(split.documents[name])
         task.build_all_requests(samples=numbers, rank=0, world_size=1)
-    shares = shares_of(objectives, list(tasks))
+    shares = shares_of(objectives, shares_by_part({task.name: task.part for task in suite.tasks}))
     return Panel(split, {task.name: task for task in suite.tasks}, tasks, shares)
 
 

@@ -18,7 +18,7 @@ from merge.search.front import values_of
 from merge.search.ledger import DONE, Candidate, told
 from merge.search.panel import Marks, Panel
 from merge.search.sections import StudySection
-from merge.search.verdict import Values
+from merge.search.verdict import Values, mean_of
 
 BLOCKS = 8
 LEVEL = 0.01
@@ -55,7 +55,7 @@ def marks_until(panel: Panel, blocks: Sequence[Panel], lm: Any, bar: Bar | None)
             places = np.searchsorted(panel.split.documents[task], block.split.documents[task])
             ours[task] += values.tolist()
             theirs[task] += [bar[task][place] for place in places]
-        if is_hopeless(ours, theirs):
+        if is_hopeless(ours, theirs, panel.shares):
             break
     return panel.of({task: sorted(numbers) for task, numbers in seen.items()}).judged(lm)
 
@@ -69,11 +69,16 @@ def blocks_of(panel: Panel) -> list[Panel]:
     ]
 
 
-def is_hopeless(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> bool:
-    """Whether values by task are worse than others for the same documents, beyond chance."""
-    differences = [np.subtract(ours[task], theirs[task]) for task in ours]
-    lower = math.fsum(float(d.mean()) for d in differences) < 0
-    return lower and chance_of_less(np.concatenate(differences)) < LEVEL
+def is_hopeless(
+    ours: Mapping[str, Sequence[float]],
+    theirs: Mapping[str, Sequence[float]],
+    shares: Mapping[str, float],
+) -> bool:
+    """Whether values by task are worse than others for the same documents, beyond chance: in their mean, to
+    which each task has its share, and by the ranks of all differences."""
+    differences = {task: np.subtract(ours[task], theirs[task]) for task in ours}
+    lower = mean_of(differences, shares) < 0
+    return lower and chance_of_less(np.concatenate([*differences.values()])) < LEVEL
 
 
 def chance_of_less(differences: Values) -> float:

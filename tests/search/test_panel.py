@@ -33,7 +33,10 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 SUITE = """
 name: both
 batch_size: 16
-tasks: [{task: kept_sort, metric: "acc_norm,none"}, {task: quickstart_roman, metric: "exact_match,none"}]
+tasks:
+  - {task: kept_sort, metric: "acc_norm,none", part: letters}
+  - {task: quickstart_sort, metric: "exact_match,none", part: letters}
+  - {task: quickstart_roman, metric: "exact_match,none", full: 2}
 search_tasks: [{task: search_sort, metric: "acc,none"}]
 """
 
@@ -56,6 +59,7 @@ def test_values_are_those_of_lm_eval(suite: Path, tmp_path: Path) -> None:
         folder = shipped("evals/zoo") / name
         (expected,) = score_models([folder], Suite.named(str(suite)), labels=[name]).models
         assert found["tasks"] == pytest.approx({t: s.value for t, s in expected.tasks.items()})
+        assert found["mean"] == pytest.approx(expected.mean), "parts count alike"
         assert {len(values) for values in found["values"].values()} == {25}
         assert 0 < found["mean"] < 1
         assert json.loads(json.dumps(found["answers"]))
@@ -66,7 +70,7 @@ def test_dev_and_val_share_no_document_and_test_is_what_is_kept(suite: Path) -> 
     dev, val = (set(found[name].split.documents["search_sort"]) for name in ("dev", "val"))
     assert not dev & val
     assert dev | val == set(range(30))
-    assert found["test"].split.count == 50
+    assert found["test"].split.count == 75
     assert panels(str(suite), 4)["dev"].split.count == 4
     assert panels(str(suite), 4)["val"].split.documents == found["val"].split.documents
     assert len({panel.digest for panel in found.values()}) == 3

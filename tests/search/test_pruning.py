@@ -57,12 +57,15 @@ def test_many_documents_are_judged_by_the_normal_law(better: int, more: int) -> 
 
 
 def test_equal_or_better_ones_are_never_given_up() -> None:
-    same = {"a": [1.0] * 30, "b": [0.0] * 30}
-    assert not is_hopeless(same, same)
-    assert not is_hopeless({"a": [1.0] * 30}, {"a": [0.0] * 30})
-    assert is_hopeless({"a": [0.0] * 30}, {"a": [1.0] * 30})
+    same, one = {"a": [1.0] * 30, "b": [0.0] * 30}, {"a": 1.0}
+    assert not is_hopeless(same, same, {"a": 1.0, "b": 1.0})
+    assert not is_hopeless({"a": [1.0] * 30}, {"a": [0.0] * 30}, one)
+    assert is_hopeless({"a": [0.0] * 30}, {"a": [1.0] * 30}, one)
     few = {"a": [0.0] * 3}
-    assert not is_hopeless(few, {"a": [1.0] * 3}), "three documents say little"
+    assert not is_hopeless(few, {"a": [1.0] * 3}, one), "three documents say little"
+    ours, theirs = {"a": [0.0] * 40, "b": [0.4] * 2}, {"a": [0.1] * 40, "b": [0.0] * 2}
+    assert is_hopeless(ours, theirs, {"a": 1.0, "b": 0.1})
+    assert not is_hopeless(ours, theirs, {"a": 1.0, "b": 1.0}), "its mean is higher"
 
 
 def test_one_in_a_hundred_equally_good_ones_is_given_up_at_one_look() -> None:
