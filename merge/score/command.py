@@ -106,6 +106,9 @@ def score(
     from merge.score.harness import quiet_libraries
     from merge.score.models import candidate
 
+    models = tuple(dict.fromkeys(models))  # one that is named twice is scored once
+    if backend != "euroeval" and _is_typed(click.get_current_context(), "program"):
+        raise RequestError("--euroeval is for --backend euroeval; give both or neither")
     if tasks and (suite or split != "heldout"):
         raise RequestError("--tasks and --suite (or its --split) are both given; keep one")
     if include and not tasks:
@@ -137,12 +140,14 @@ def _refuse_others(context: click.Context) -> None:
     """Raises RequestError for an option that EuroEval would not be told."""
     for option in context.command.params:
         name = str(option.name)
-        if (
-            name not in OF_EUROEVAL
-            and context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        ):
+        if name not in OF_EUROEVAL and _is_typed(context, name):
             what = f"{option.opts[0]} is not for EuroEval, which asks as its leaderboards do"
             raise RequestError(f"--backend euroeval: {what}; leave it out")
+
+
+def _is_typed(context: click.Context, name: str) -> bool:
+    """Whether an option stands in the command, and not only in the environment or among the defaults."""
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _by_euroeval(

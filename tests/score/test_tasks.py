@@ -34,12 +34,14 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 def test_a_score_is_the_mean_of_the_samples_that_are_kept(command: Command, tmp_path: Path) -> None:
     choices_in(tmp_path / "mine")
     ran = command(
-        "score", "zoo:base", "zoo:reverser", "--tasks", "letters", "--include", "mine",
+        "score", "zoo:base", "zoo:reverser", "zoo:base", "--tasks", "letters", "--include", "mine",
         "--samples", "kept.jsonl", "--json",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     rows = rows_of(tmp_path / "kept.jsonl")
-    for model in json.loads(ran.out)["models"]:
+    scored = json.loads(ran.out)["models"]
+    assert [model["model"] for model in scored] == ["zoo:base", "zoo:reverser"], "each once"
+    for model in scored:
         mine = [row["metrics"]["acc"] for row in rows if row["model"] == model["model"]]
         assert len(mine) == 12 == model["tasks"]["letters"]["documents"]
         assert model["tasks"]["letters"]["value"] == pytest.approx(sum(mine) / 12)
@@ -231,6 +233,21 @@ def test_code_of_others_is_not_run_unasked(command: Command, tmp_path: Path) -> 
     assert (tmp_path / "ran").exists()
     strange, base = json.loads(trusted.out)["models"]
     assert strange["tasks"] == base["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--backend", "vllm", "--device", "cuda:1"), "--device is not for --backend vllm"),
+        (("--euroeval", "bin/euroeval"), "--euroeval is for --backend euroeval"),
+    ],
+)
+def test_options_that_would_not_count_are_refused(
+    command: Command, options: tuple[str, ...], told: str
+) -> None:
+    ran = command("score", "zoo:base", *options)
+    assert ran.code == 2
+    assert told in ran.error
 
 
 def test_vllm_is_asked_for_by_name_where_it_is_not_there(command: Command) -> None:
