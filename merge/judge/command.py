@@ -78,7 +78,7 @@ def judge(
     """
     from merge.judge.journal import alone
     from merge.judge.judging import Court
-    from merge.judge.outcome import counts_of, cut_of, told_comparison, told_grades
+    from merge.judge.outcome import counts_of, cut_of, replies, told_comparison, told_grades
     from merge.judge.questions import questions_of
     from merge.judge.server import Server
     from merge.score import Conditions
@@ -109,7 +109,7 @@ def judge(
     counts = counts_of(results)
     if counts["unreadable"] == counts["asked"]:
         raise ScoreError(
-            f"{judge_model}: none of its {counts['asked']} replies could be read{cut_of(counts)}; "
+            f"{judge_model}: none of its {replies(counts['asked'])} could be read{cut_of(counts)}; "
             f"they are in {output / 'grades.jsonl'}"
         )
     if as_json:

@@ -7,6 +7,7 @@ from typing import Any
 
 from merge.judge.grading import HIGHEST
 from merge.judge.questions import Question
+from merge.printing import counted
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ class Talks:
 
     def doubts(self) -> list[str]:
         """What is doubtful about them, a line each: there are so few that one counts."""
-        words = {"cut": "were cut off at --max-tokens", "empty": "say nothing"}
-        counts = {key: getattr(self, key) for key in words}
-        return [f"{n} of {self.answers} answers {words[key]}" for key, n in counts.items() if n]
+        cut = f"{'was' if self.cut == 1 else 'were'} cut off at --max-tokens"
+        empty = f"{'says' if self.empty == 1 else 'say'} nothing"
+        every = counted(self.answers, "answer")
+        return [f"{n} of {every} {what}" for n, what in ((self.cut, cut), (self.empty, empty)) if n]
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def _line(grades: Grades) -> str:
     languages = [f"{one} {_grade(grades.share(one))}" for one in _languages(grades.questions)]
     parts = f" ({', '.join(languages)})" if len(languages) > 1 else ""
     share = grades.share()
-    told = f"{grades.label}: {_grade(share)} of {HIGHEST} on {share.count} questions{parts}"
+    on = counted(share.count, "question")
+    told = f"{grades.label}: {_grade(share)} of {HIGHEST} on {on}{parts}"
     return told + _unread(grades)
 
 
@@ -192,8 +195,9 @@ def told_comparison(found: Comparison) -> str:
         f"{found.first} against {found.second}: {won} won, {tied} tied, {lost} lost, "
         f"win rate {_percent(rate)}{_unread(found)}",
         f"order: the first place was preferred in {_percent(found.first_place)} of "
-        f"{found.first_place.count} decided verdicts (50 is no bias); in {found.inconsistent} of "
-        f"{len(found.readings)} questions the two orders contradict each other, which counts as a tie",
+        f"{counted(found.first_place.count, 'decided verdict')} (50 is no bias); in {found.inconsistent} of "
+        f"{counted(len(found.readings), 'question')} the two orders contradict each other, which counts as a "
+        "tie",
     ]
     return "\n".join(lines)
 
@@ -202,9 +206,12 @@ def _unread(found: Grades | Comparison) -> str:
     counts = counts_of([found])
     if not counts["unreadable"]:
         return ""
-    return (
-        f"; {counts['unreadable']} of {counts['asked']} replies could not be read{cut_of(counts)}"
-    )
+    return f"; {counts['unreadable']} of {replies(counts['asked'])} could not be read{cut_of(counts)}"
+
+
+def replies(count: int) -> str:
+    """`1 reply`, `2 replies`."""
+    return f"{count} {'reply' if count == 1 else 'replies'}"
 
 
 def cut_of(counts: Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from merge.printing import counted
 from merge.score.suite import Suite, Task, shares_by_part
 
 # shares of the answers of a task above which a note is given
@@ -159,10 +160,11 @@ def _told(scores: Scores, shares: bool) -> str:
     """The last line: units and documents."""
     every = [score for model in scores.models for score in model.tasks.values()]
     counts = [score.documents or score.iterations for score in every]
-    count = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    what = "documents" if any(score.documents for score in every) else "iterations"
+    what = "document" if any(score.documents for score in every) else "iteration"
+    least = f"{min(counts)} to " if min(counts) < max(counts) else ""
     unit = "per cent" if shares else "per cent (values of metrics that are no shares)"
-    return f"suite {scores.suite.name}: {unit} and standard error, {count} {what} a task"
+    count = f"{least}{counted(max(counts), what)}"
+    return f"suite {scores.suite.name}: {unit} and standard error, {count} a task"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:

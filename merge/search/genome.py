@@ -11,6 +11,7 @@ from typing import Any
 
 from merge.errors import RequestError
 from merge.lines import Lines, first_twice
+from merge.printing import counted
 from merge.search.sections import GenomeSection, GenomeTask
 from merge.sections import read_section
 from merge.sources.model import read_json, text_config
@@ -61,7 +62,7 @@ def _check(genome: GenomeSection, lines: Lines) -> None:
     if method not in ("linear", "slerp") and genome.base_model is None:
         raise lines.error(("genome",), f"genome: {method} needs base_model")
     if method == "slerp" and len(genome.models) != 2:
-        what = f"genome.models has {len(genome.models)} models; slerp merges 2"
+        what = f"genome.models has {counted(len(genome.models), 'model')}; slerp merges 2"
         raise lines.error(("genome", "models"), what)
     if genome.normalize and method in ("slerp", "task_arithmetic"):
         what = f"genome.normalize is true; {method} has no weights that could sum to 1"

@@ -15,6 +15,7 @@ from merge.agreement import canonical
 from merge.anatomy import layer_tensors, main_stack
 from merge.errors import OutputError, RequestError
 from merge.lines import Lines, load_documents, nearest
+from merge.printing import counted
 from merge.score import check_installed
 from merge.search import LOCK
 from merge.search.asking import sampler_for
@@ -193,8 +194,9 @@ def _check_documents(section: StudySection, space: Space, scorer: Scorer) -> Non
         return
     apart = " and ".join(f"{sizes[name]} of {name}" for name in ("val", "test"))
     what = (
-        f"study.documents is {section.documents}; it must be more than {used}: the {first} baselines are "
-        f"asked all {sizes['dev']} documents of dev before any candidate is (the {apart} are not counted)"
+        f"study.documents is {section.documents}; it must be more than {used}, which are put to parents and "
+        f"average before any candidate: {counted(first, 'baseline')}, {counted(sizes['dev'], 'document')} of dev "
+        f"each (the {apart} are not counted)"
     )
     raise space.lines.error(("study", "documents"), what)
 
@@ -209,7 +211,7 @@ def _check_layers(space: Space, scorer: Scorer) -> None:
                 if there < count:
                     place = (*at, "layers")
                     said = f"{'.'.join(map(str, place))} is {spec['layers']}"
-                    what = f"{label} has no layer {there}: it has {there} layers"
+                    what = f"{label} has no layer {there}: it has {counted(there, 'layer')}"
                     raise space.lines.error(place, f"{said}; {what}")
 
 

@@ -17,6 +17,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Protocol
 
 from merge.errors import MergetoolError, PlanError, RunError
+from merge.printing import counted
 from merge.search.ledger import ENDED
 from merge.search.opening import joined
 from merge.search.signs import PAUSE, own_name
@@ -93,7 +94,7 @@ def watch(study: Study, workers: Sequence[Worker], tell: Told) -> None:
                 tell(candidate, study)
     if lost:
         how = ", ".join(dict.fromkeys(lost))
-        told = f"{len(lost)} of {len(workers)} workers were lost ({how})"
+        told = f"lost {len(lost)} of {counted(len(workers), 'worker')} ({how})"
         if len(lost) == len(workers):
             raise RunError(f"{study.file}: {told}; the same command goes on from there")
         study.notes.append(f"{told}; the others went on")

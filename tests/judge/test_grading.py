@@ -103,8 +103,8 @@ def test_what_was_cut_off_is_told() -> None:
         {"text": t, "cut": c} for t, c in (("4", False), ("4 becau", True), ("", False))
     )
     assert Talks.of({"q": [whole, cut, whole], "r": [empty, whole, whole]}).doubts() == [
-        "1 of 6 answers were cut off at --max-tokens",
-        "1 of 6 answers say nothing",
+        "1 of 6 answers was cut off at --max-tokens",
+        "1 of 6 answers says nothing",
     ]
     assert not Talks.of({"q": [whole, whole]}).doubts()
     readings = {"q": [Reading(7.0, False), Reading(None, True, cut=True)]}

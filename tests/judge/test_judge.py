@@ -134,8 +134,8 @@ def test_two_models_are_graded_one_by_one_where_that_is_wanted(
         "--judge-url", served.url, "--judge-model", served.judges["seven"],
     )  # fmt: skip
     assert ran.out.splitlines() == [
-        "zoo:clerk: 7.00 of 10 on 1 questions",
-        "zoo:mirror: 7.00 of 10 on 1 questions",
+        "zoo:clerk: 7.00 of 10 on 1 question",
+        "zoo:mirror: 7.00 of 10 on 1 question",
     ]
 
 

@@ -58,7 +58,7 @@ def test_four_workers_on_two_nodes_one_node_dies(tmp_path: Path, cluster: Any) -
         outcome = study.run(placing=place)
         candidates = study.ledger.all()
     assert study.notes
-    assert " of 4 workers were lost (" in study.notes[0]
+    assert " of 4 workers (" in study.notes[0]
     check_whole(candidates, TRIALS)
     assert len({candidate.worker for candidate in candidates}) > 1
     assert outcome.winner in candidates

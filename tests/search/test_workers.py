@@ -56,7 +56,7 @@ def test_four_workers_one_killed_finish_what_was_asked_for(tmp_path: Path, suite
     with open_study(file, tmp_path / "study") as study:
         outcome = study.run(placing=killing(1))
         candidates = study.ledger.all()
-        assert study.notes == ["1 of 4 workers were lost (signal 9); the others went on"]
+        assert study.notes == ["lost 1 of 4 workers (signal 9); the others went on"]
     check_whole(candidates, TRIALS)
     assert len({candidate.worker for candidate in candidates}) > 1
     assert outcome.winner in candidates
@@ -72,7 +72,7 @@ def test_where_all_workers_die_the_error_says_so_and_the_next_run_goes_on(
     file = written(tmp_path, suite, 3)
     with (
         open_study(file, tmp_path / "study") as study,
-        pytest.raises(RunError, match=r"2 of 2 workers were lost \(signal 9\); the same command"),
+        pytest.raises(RunError, match=r"lost 2 of 2 workers \(signal 9\); the same command"),
     ):
         study.run(placing=killing(2, workers=2))
     candidates, _ = searched(file, tmp_path / "study")
