@@ -3,8 +3,8 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -12,35 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from merge.agreement import canonical
-from merge.anatomy import layer_tensors, main_stack
 from merge.errors import OutputError, RequestError
-from merge.lines import Lines, load_documents, nearest
-from merge.printing import counted
+from merge.lines import load_documents, nearest
 from merge.score import check_installed
 from merge.search import LOCK
 from merge.search.asking import sampler_for
 from merge.search.automerger import expanded
+from merge.search.checks import (
+    check_documents,
+    check_layers,
+    check_objectives,
+    check_plans,
+    opened_of,
+)
 from merge.search.database import file_of
-from merge.search.front import unknown_tasks
 from merge.search.genome import converted, layers_of
 from merge.search.ledger import Ledger
 from merge.search.parents import check_parents, parents_facts
-from merge.search.paths import layered, layers_of_each
 from merge.search.scoring import Scorer
 from merge.search.sections import OF_SEVERAL, StudySection
 from merge.search.space import WAYS, Space, varying
-from merge.search.starts import (
-    baselines_of,
-    check_starts,
-    start_recipes,
-    with_recipes,
-    with_values,
-)
-from merge.search.study import Setup, Study, check_plans
+from merge.search.starts import check_starts, with_recipes, with_values
+from merge.search.study import Setup, Study
 from merge.search.tasks import with_metrics
 from merge.search.tried import parents_of
 from merge.sections import read_section
-from merge.sources.model import Model
 from merge.write import writing
 
 DATABASE = "study.db"
@@ -95,9 +91,9 @@ def _prepared(setup: Setup) -> tuple[Space, StudySection, Scorer]:
     _check_search_installed()
     section = with_metrics(section, space.lines)
     scorer = Scorer(setup.file, section, setup.memory, setup.threads, setup.offline)
-    _check_objectives(section, scorer, space.lines)
-    _check_documents(section, space, scorer)
-    _check_layers(space, scorer)
+    check_objectives(section, scorer, space.lines)
+    check_documents(section, space, scorer)
+    check_layers(space, scorer)
     check_plans(space, scorer, setup.memory, setup.threads)
     return space, section, scorer
 
@@ -110,20 +106,12 @@ def _entered(setup: Setup, space: Space, section: StudySection, scorer: Scorer) 
     digest = hashlib.sha256(canonical(facts).encode()).hexdigest()
     name = f"{setup.file.stem[:100]}-{digest[:12]}" if setup.shared else NAME
     ledger = Ledger.open(setup.url, name, digest, facts | {"begun_with": _versions()})
-    _opened(parents_of(space.data), scorer)
+    opened_of(parents_of(space.data), scorer)
     models = dict(scorer.opened)
     if "parents" not in ledger.facts():
         ledger.remember(parents_facts(models))
     check_parents(models, ledger.facts(), f"study {name!r}")
     return Study(setup, space, section, ledger, scorer)
-
-
-def _opened(labels: Sequence[str], scorer: Scorer) -> dict[str, Model]:
-    """Models by label; one that cannot be opened is missing, and will fail as a candidate."""
-    for label in labels:
-        with suppress(RequestError):
-            scorer.plan({"model": label})
-    return {label: scorer.opened[label] for label in labels if label in scorer.opened}
 
 
 def read_space(
@@ -175,44 +163,6 @@ def _keys(value: Any) -> Iterator[str]:
     for each in value.values() if isinstance(value, dict) else value:
         if isinstance(each, dict | list):
             yield from _keys(each)
-
-
-def _check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> None:
-    known = list(scorer.panels["dev"].metrics)
-    for i, task in unknown_tasks(section, known):
-        what = f"the suite has no task {task!r} that is searched on{nearest(task, known)}"
-        allowed = f"there are {', '.join(known)}"
-        raise lines.error(("study", "objectives", i), f"objectives: {what}; {allowed}")
-
-
-def _check_documents(section: StudySection, space: Space, scorer: Scorer) -> None:
-    """Raises RecipeError where baselines use up all the documents that may be scored."""
-    sizes = {name: panel.split.count for name, panel in scorer.panels.items()}
-    first = len(baselines_of(space.data, section))
-    used = first * sizes["dev"]
-    if section.documents is None or section.documents > used or any(start_recipes(section)):
-        return
-    apart = " and ".join(f"{sizes[name]} of {name}" for name in ("val", "test"))
-    what = (
-        f"study.documents is {section.documents}; it must be more than {used}, which are put to parents and "
-        f"average before any candidate: {counted(first, 'baseline')}, {counted(sizes['dev'], 'document')} of dev "
-        f"each (the {apart} are not counted)"
-    )
-    raise space.lines.error(("study", "documents"), what)
-
-
-def _check_layers(space: Space, scorer: Scorer) -> None:
-    """Raises RecipeError where a path or groups take layers that a model has not."""
-    for at, spec in layered(space.data):
-        for entry, count in layers_of_each(spec):
-            for label, model in _opened(parents_of({"models": [entry]}), scorer).items():
-                stack = main_stack(model.source.tensors, model.config)
-                there = len(layer_tensors(model.source.tensors, stack)) if stack else count
-                if there < count:
-                    place = (*at, "layers")
-                    said = f"{'.'.join(map(str, place))} is {spec['layers']}"
-                    what = f"{label} has no layer {there}: it has {counted(there, 'layer')}"
-                    raise space.lines.error(place, f"{said}; {what}")
 
 
 def _check_search_installed() -> None:

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from merge.ancestry import ancestry_notes
-from merge.errors import MergetoolError, RequestError, RunError
-from merge.pipeline import budget_of
+from merge.errors import MergetoolError, RunError
 from merge.search.asking import Asker
+from merge.search.checks import check_plans
 from merge.search.front import MEAN, front_of
 from merge.search.ledger import DONE, ENDED, FAILED, PRUNED, Candidate, Ledger
 from merge.search.outcome import Outcome, arrays_of, shares_in
@@ -18,12 +18,10 @@ from merge.search.pruning import bar_for
 from merge.search.scoring import Scorer
 from merge.search.sections import StudySection
 from merge.search.signs import PAUSE, SOON, beating, is_gone, own_name
-from merge.search.space import Space, ends
+from merge.search.space import Space
 from merge.search.starts import baselines_of, is_searched, start_recipes
 from merge.search.tried import digest_of
 from merge.search.verdict import compared
-
-CHECKED = 100  # options whose text is read before a search: paths through layers have thousands
 
 Told = Callable[[Candidate, "Study"], None]
 Placing = Callable[["Study", Told], None]  # has workers somewhere try candidates until none is left
@@ -264,42 +262,3 @@ def _count_searched(every: Sequence[Candidate]) -> int:
 def _rank(candidate: Candidate) -> tuple[float, int]:
     value = -candidate.scores[MEAN] if candidate.scores else float("inf")
     return (value, candidate.number)
-
-
-def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) -> None:
-    """Raises what is wrong with all candidates: with the lowest values of everything and with the highest."""
-    for _, recipe in start_recipes(scorer.section):
-        scorer.plan(recipe)
-    _check_options(space, scorer)
-    first: RequestError | None = None
-    for end in (0, 1):
-        try:
-            recipe = space.filled(lambda dimension, end=end: ends(dimension)[end])  # type: ignore[misc]
-            if not _has_no_layer(recipe):
-                budget_of(scorer.plan(recipe), memory, threads)
-                return
-        except RequestError as error:
-            first = first or error
-    if first:
-        raise first
-
-
-def _check_options(space: Space, scorer: Scorer) -> None:
-    """Raises what the text of an option has wrong, which would otherwise be found when it is drawn."""
-    both = zip(space.with_each_option(0), space.with_each_option(1), strict=True)
-    for recipes in islice(both, CHECKED):
-        wrong: list[RequestError] = []
-        for recipe in recipes:
-            if _has_no_layer(recipe):
-                continue
-            try:
-                scorer.parsed(recipe)
-            except RequestError as error:
-                wrong.append(error)
-        if len(wrong) == len(recipes):
-            raise wrong[0]
-
-
-def _has_no_layer(recipe: Mapping[str, Any]) -> bool:
-    """Whether it is a path of which nothing was drawn."""
-    return recipe.get("slices") == []
