@@ -15,20 +15,18 @@ A recipe with one of these in the place of values is a space; whoever fills it d
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import isfinite
 from typing import Any, cast
 
 from merge.errors import RecipeError
 from merge.lines import Lines
 from merge.lines import Path as Place
 from merge.search import paths
+from merge.search.forms import Numbers, Wrong, are_shares, check_keys, numbers_in, pool_in
 
 DIGITS = 6  # significant ones of a number that is drawn: a candidate is a recipe that people read
 WAYS = ("search", "choice", "pool")
-PICKED, LEFT = (
-    "model",
-    "other",
-)  # of a place in a pool: which model is asked for; which, where that is taken
+# of a place in a pool: which model is asked for; which, where that is taken
+PICKED, LEFT = "model", "other"
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class _Filler:
         if way == "search":
             return self._number(value, at)
         if way == "choice":
-            self._check_keys(value, at, ("choice", "probabilities"))
+            check_keys(value, ("choice", "probabilities"), self._wrong(at))
             return self.one_of(value["choice"], at, value.get("probabilities"))
         if way == "pool":
             return self._models(value, at)
@@ -199,7 +197,7 @@ class _Filler:
         if not isinstance(options, list) or not options:
             raise self._error(at, "it must be a list of what to choose from")
         labels = tuple(_label(option) for option in options)
-        if shares is not None and not _are_shares(shares, len(options)):
+        if shares is not None and not are_shares(shares, len(options)):
             what = f"probabilities must be {len(options)} numbers above 0, one for each"
             raise self._error(at, what)
         chosen = int(self._ask(Choice(_name(at), labels, tuple(shares or ()))))
@@ -212,65 +210,36 @@ class _Filler:
         if not parts or not all(isinstance(part, dict) for part in parts):
             raise self._lines.error(at, "variants must be a list of parts of a recipe")
         shares = [part["probability"] for part in parts if "probability" in part]
-        if shares and not _are_shares(shares, len(parts)):
+        if shares and not are_shares(shares, len(parts)):
             raise self._error(at, "probability must be a number above 0, in each or in none")
         plain = [{k: v for k, v in part.items() if k != "probability"} for part in parts]
         return cast(dict[str, Any], self.one_of(plain, at, shares or None))
 
-    def _number(self, spec: Mapping[str, Any], at: Place) -> Any:
-        self._check_keys(spec, at, ("search", "log", "int", "points"))
-        for key in ("log", "int"):
-            if not isinstance(spec.get(key, False), bool):
-                raise self._error((*at, key), f"{key} must be true or false")
-        low, high = self._bounds(spec["search"], at, log=bool(spec.get("log")))
-        points = spec.get("points")
-        if points is None:
-            return self._drawn(_name(at), low, high, spec)
-        if type(points) is not int or points < 2:
-            raise self._error((*at, "points"), "points must be a whole number from 2")
-        return [self._drawn(f"{_name(at)}.{i}", low, high, spec) for i in range(points)]
+    def _number(self, value: Mapping[str, Any], at: Place) -> Any:
+        spec, name = numbers_in(value, self._wrong(at)), _name(at)
+        if spec.points is None:
+            return self._drawn(name, spec)
+        return [self._drawn(f"{name}.{i}", spec) for i in range(spec.points)]
 
-    def _bounds(self, value: Any, at: Place, *, log: bool) -> tuple[float, float]:
-        found = value if isinstance(value, list) else []
-        numbers = [n for n in found if _is_number(n)]
-        if len(found) != 2 or len(numbers) != 2:
-            raise self._error(at, "search must be two numbers, [lowest, highest]")
-        low, high = numbers
-        if not low < high:
-            raise self._error(
-                at, f"search is {value}; the first number must be less than the second"
-            )
-        if log and low <= 0:
-            raise self._error(at, f"search is {value}; with log both must be above 0")
-        return low, high
+    def _drawn(self, name: str, spec: Numbers) -> float:
+        if spec.whole:
+            return int(self._ask(Whole(name, int(spec.low), int(spec.high), spec.log)))
+        drawn = self._ask(Real(name, spec.low, spec.high, spec.log))
+        return min(max(float(f"{drawn:.{DIGITS}g}"), spec.low), spec.high)
 
-    def _drawn(self, name: str, low: float, high: float, spec: Mapping[str, Any]) -> float:
-        log = bool(spec.get("log"))
-        if spec.get("int"):
-            return int(self._ask(Whole(name, int(low), int(high), log)))
-        drawn = self._ask(Real(name, low, high, log))
-        return min(max(float(f"{drawn:.{DIGITS}g}"), low), high)
-
-    def _models(self, spec: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
+    def _models(self, value: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
         """So many different models of a pool."""
-        self._check_keys(spec, at, ("pool", "pick", "base", "parameters"))
-        pool, pick = spec["pool"], spec.get("pick", 2)
-        if not isinstance(pool, list) or not all(isinstance(name, str) for name in pool):
-            raise self._error((*at, "pool"), "pool must be a list of models")
-        if type(pick) is not int or not 1 <= pick <= len(pool):
-            raise self._error((*at, "pick"), f"pick must be a whole number from 1 to {len(pool)}")
-        if spec.get("base", "first") != "first":
-            raise self._error((*at, "base"), "base must be first, or left out")
+        spec = pool_in(value, self._wrong(at))
         found: list[dict[str, Any]] = []
-        for i in range(pick):
+        for i in range(spec.pick):
             taken = [entry["model"] for entry in found]
             place = f"{_name(at)}.{i}"
-            entry: dict[str, Any] = {"model": self._another(pool, taken, place)}
+            entry: dict[str, Any] = {"model": self._another(spec.models, taken, place)}
             self.picked[f"{place}.{PICKED}"] = entry["model"]
-            if "parameters" in spec:
-                entry["parameters"] = self.value(spec["parameters"], (*at, i, "parameters"))
+            if "parameters" in value:
+                entry["parameters"] = self.value(value["parameters"], (*at, i, "parameters"))
             found.append(entry)
-        if "base" in spec:
+        if spec.leads:
             self.base = found[0]["model"]
         return found
 
@@ -283,48 +252,36 @@ class _Filler:
         return left[int(self._ask(Choice(f"{name}.{LEFT}", left)))]
 
     def _path(self, value: Mapping[str, Any], at: Place) -> list[dict[str, Any]]:
-        self._check_keys(value, at, ("path",))
-        spec, inside = value["path"], (*at, "path")
-        self._check_layered(spec, inside, ("models", "layers", "block", "repeats", "places"))
-        paths.check(spec, lambda key, what: self._error((*inside, key), what))
+        spec = self._layered(value, (*at, "path"), ("block", "repeats", "places"))
+        name = _name((*at, "path"))
         return paths.path(
-            spec, lambda name, labels: int(self._ask(Choice(f"{_name(inside)}.{name}", labels)))
+            spec, lambda place, labels: int(self._ask(Choice(f"{name}.{place}", labels)))
         )
 
     def _groups(self, value: Mapping[str, Any], at: Place) -> list[Any]:
         """Slices of so many layers each, from the first to the last; each is filled in for itself."""
-        self._check_keys(value, at, ("groups",))
-        spec, inside = value["groups"], (*at, "groups")
-        self._check_layered(spec, inside, ("models", "layers", "block", "base_model", "parameters"))
-        paths.check(spec, lambda key, what: self._error((*inside, key), what), alike=True)
-        pieces = paths.groups(spec)
-        return [self.value(piece, (*at, i)) for i, piece in enumerate(pieces)]
+        spec = self._layered(value, (*at, "groups"), ("block", "base_model", "parameters"))
+        return [self.value(piece, (*at, i)) for i, piece in enumerate(paths.groups(spec))]
 
-    def _check_layered(self, spec: Any, at: Place, known: tuple[str, ...]) -> None:
+    def _layered(
+        self, value: Mapping[str, Any], at: Place, more: tuple[str, ...]
+    ) -> Mapping[str, Any]:
+        """How layers are taken, which stands at `at` of a document and nothing else in its table."""
+        way, known = str(at[-1]), ("models", "layers", *more)
+        check_keys(value, (way,), self._wrong(at[:-1]))
+        spec = value[way]
         if not isinstance(spec, dict):
             raise self._error(at, f"it must be a table of {', '.join(known)}")
-        self._check_keys(spec, at, known)
+        check_keys(spec, known, self._wrong(at))
+        paths.check(spec, self._wrong(at), alike=way == "groups")
+        return spec
 
-    def _check_keys(self, spec: Mapping[str, Any], at: Place, known: tuple[str, ...]) -> None:
-        for key in spec:
-            if key not in known:
-                raise self._error(
-                    (*at, str(key)), f"unknown key {key!r}; allowed: {', '.join(known)}"
-                )
+    def _wrong(self, at: Place) -> Wrong:
+        """Makes the error about a key of the table at a place, or ("") about all of it."""
+        return lambda key, what: self._error((*at, key) if key else at, what)
 
     def _error(self, at: Place, what: str) -> RecipeError:
         return self._lines.error(at, f"{_name(at)}: {what}")
-
-
-def _are_shares(given: Any, count: int) -> bool:
-    """Whether they are as many numbers above 0."""
-    numbers = given if isinstance(given, list) else []
-    return len(numbers) == count and all(_is_number(n) and n > 0 for n in numbers)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _joined(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
