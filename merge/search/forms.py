@@ -35,11 +35,13 @@ def numbers_in(spec: Mapping[str, Any], wrong: Wrong) -> Numbers:
     for key in ("log", "int"):
         if not isinstance(spec.get(key, False), bool):
             raise wrong(key, f"{key} must be true or false")
-    log, points = bool(spec.get("log")), spec.get("points")
+    log, whole, points = bool(spec.get("log")), bool(spec.get("int")), spec.get("points")
     low, high = _bounds(spec["search"], log, wrong)
+    if whole and not low == int(low) < high == int(high):
+        raise wrong("", f"search is {spec['search']}; with int both must be whole numbers")
     if points is not None and (type(points) is not int or points < 2):
         raise wrong("points", "points must be a whole number from 2")
-    return Numbers(low, high, log, bool(spec.get("int")), points)
+    return Numbers(low, high, log, whole, points)
 
 
 def pool_in(spec: Mapping[str, Any], wrong: Wrong) -> Pool:

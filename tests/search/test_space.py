@@ -151,6 +151,7 @@ def test_a_path_is_layers_that_follow_one_another() -> None:
         ("a: {search: [1, 0]}", "a is|must be less"),
         ("a: {search: [1]}", r"two numbers"),
         ("a: {search: [0, 1], log: true}", "above 0"),
+        ("a: {search: [0.5, 3], int: true}", r"with int both must be whole"),
         ("a: {search: [0, 1], points: 1}", "whole number from 2"),
         ("a: {search: [0, 1], pints: 3}", "unknown key 'pints'"),
         ("a: {choice: []}", "a list of what to choose from"),
