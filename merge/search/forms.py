@@ -37,7 +37,7 @@ def numbers_in(spec: Mapping[str, Any], wrong: Wrong) -> Numbers:
             raise wrong(key, f"{key} must be true or false")
     log, whole, points = bool(spec.get("log")), bool(spec.get("int")), spec.get("points")
     low, high = _bounds(spec["search"], log, wrong)
-    if whole and not low == int(low) < high == int(high):
+    if whole and (low, high) != (int(low), int(high)):
         raise wrong("", f"search is {spec['search']}; with int both must be whole numbers")
     if points is not None and (type(points) is not int or points < 2):
         raise wrong("points", "points must be a whole number from 2")

@@ -14,9 +14,9 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.engine import Connection, Engine
 
-from merge.agreement import canonical
 from merge.errors import RequestError, RunError
 from merge.search.database import engine_of, opened, reason_of, storable, without_password
+from merge.search.tables import CANDIDATES, LOOKS, STUDY, TABLES, enter
 
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 PRUNED = "pruned"  # given up before all documents were scored
@@ -24,47 +24,6 @@ ENDED = (DONE, FAILED, PRUNED)
 STALE = 60.0  # seconds without a sign of life after which a worker counts as gone
 LOST = 3  # workers that may be lost over a candidate before it counts as failed
 ASKING = "asking"  # in the place of a split: whose turn it is to ask for that candidate
-
-TABLES = sql.MetaData()
-STUDY = sql.Table(
-    "mergetool_study",
-    TABLES,
-    sql.Column("name", sql.String(200), primary_key=True),
-    sql.Column("digest", sql.String(64), nullable=False),
-    sql.Column("facts", sql.Text, nullable=False),
-)
-CANDIDATES = sql.Table(
-    "mergetool_candidates",
-    TABLES,
-    sql.Column("study", sql.String(200), primary_key=True),
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("digest", sql.String(64), nullable=False),
-    sql.Column("origin", sql.Text, nullable=False),
-    sql.Column("recipe", sql.Text, nullable=False),
-    sql.Column("asked", sql.Text, nullable=False),
-    sql.Column("after", sql.Integer, nullable=False),  # how many had ended when it was asked for
-    sql.Column("state", sql.String(10), nullable=False),
-    sql.Column("ended", sql.Integer),  # in which place it came to an end
-    sql.Column("scores", sql.Text),
-    sql.Column("answers", sql.Text),  # apart: they are many
-    sql.Column("reason", sql.Text),
-    sql.Column("worker", sql.String(100)),
-    sql.Column("beat", sql.Float),
-    sql.Column("seconds", sql.Float),
-    sql.Column("lost", sql.Integer, nullable=False, default=0),  # workers that were lost over it
-    sql.UniqueConstraint("study", "digest"),
-    sql.UniqueConstraint("study", "ended"),
-)
-LOOKS = sql.Table(  # at what the search did not see, each candidate once at each split; and turns to ask
-    "mergetool_looks",
-    TABLES,
-    sql.Column("study", sql.String(200), primary_key=True),
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("split", sql.String(10), primary_key=True),
-    sql.Column("worker", sql.String(100), nullable=False),
-    sql.Column("beat", sql.Float, nullable=False),
-    sql.Column("scores", sql.Text),  # none: the worker is at it
-)
 NUMBER = CANDIDATES.c.number
 
 
@@ -107,7 +66,7 @@ class Ledger:
         def made() -> None:
             TABLES.create_all(engine)
             with engine.begin() as connection:
-                _enter(connection, study, digest, facts)
+                enter(connection, study, digest, facts)
 
         opened(url, made)
         return cls(engine, study)
@@ -385,22 +344,6 @@ class Ledger:
 
     def _error(self, error: Exception) -> RunError:
         return RunError(f"study {self.study}: {reason_of(error)}")
-
-
-def _enter(connection: Connection, study: str, digest: str, facts: Mapping[str, Any]) -> None:
-    chosen = sql.select(STUDY.c.digest, STUDY.c.facts).where(STUDY.c.name == study)
-    known = connection.execute(chosen).one_or_none()
-    if known is None:
-        connection.execute(
-            STUDY.insert().values(name=study, digest=digest, facts=json.dumps(facts))
-        )
-    elif known.digest != digest:
-        then = json.loads(known.facts)
-        others = [k for k in facts if k in then and canonical(then[k]) != canonical(facts[k])]
-        by = f", by its {', '.join(others)}" if others else ""
-        raise RequestError(
-            f"study {study!r} is another search than this one{by}; put that back or choose another --output"
-        )
 
 
 def _new(study: str, candidate: Candidate, **rest: Any) -> Any:
