@@ -274,8 +274,8 @@ def _check_kinds(part: Sections | ModuleEntry, path: tuple[str, ...], lines: Lin
 def _validation_error(
     error: ValidationError, lines: Lines, at: tuple[str | int, ...], kind: type[Strict]
 ) -> RecipeError:
-    """pydantic's first finding in a table of that kind, in our words; an unknown key is often the cause of the
-    others."""
+    """pydantic's first finding in a table of that kind, in our words; an unknown key is often the cause of
+    the others."""
     found = error.errors()
     first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
     path = (*at, *first["loc"])

@@ -91,8 +91,8 @@ class Suite:
 
 
 def shares_by_part(parts: Mapping[str, str]) -> dict[str, float]:
-    """What each task counts in a mean, of any sum, by the part that it belongs to: each part is the mean of its
-    tasks and counts as any other; a task of no part is one itself."""
+    """What each task counts in a mean, of any sum, by the part that it belongs to: each part is the mean of
+    its tasks and counts as any other; a task of no part is one itself."""
     of = {task: part or ("", task) for task, part in parts.items()}
     sizes = Counter(of.values())
     return {task: 1 / sizes[part] for task, part in of.items()}

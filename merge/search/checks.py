@@ -39,10 +39,10 @@ def check_documents(section: StudySection, space: Space, scorer: Scorer) -> None
     if section.documents is None or section.documents > used or any(start_recipes(section)):
         return
     apart = " and ".join(f"{sizes[name]} of {name}" for name in ("val", "test"))
+    each = f"{counted(first, 'baseline')}, {counted(sizes['dev'], 'document')} of dev each"
     what = (
         f"study.documents is {section.documents}; it must be more than {used}, which are put to parents and "
-        f"average before any candidate: {counted(first, 'baseline')}, {counted(sizes['dev'], 'document')} of dev "
-        f"each (the {apart} are not counted)"
+        f"average before any candidate: {each} (the {apart} are not counted)"
     )
     raise space.lines.error(("study", "documents"), what)
 

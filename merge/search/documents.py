@@ -66,14 +66,14 @@ def refuse_overlap(
 
 
 def check_sizes(splits: Sequence[Split]) -> None:
-    """Raises RequestError where a task has no documents for one of these splits, which share its documents."""
+    """Raises RequestError where a task has no documents for one of these splits, which share them."""
     for task in dict.fromkeys(task for split in splits for task in split.documents):
         sizes = {split.name: len(split.documents.get(task, ())) for split in splits}
         if not all(sizes.values()):
             parts = ", ".join(f"{size} for {name}" for name, size in sizes.items())
             raise RequestError(
-                f"task {task} has too few documents to search on: {parts}; each needs one at least, and what a "
-                "document says decides for which it is: take a larger task"
+                f"task {task} has too few documents to search on: {parts}; each needs one at least, and what "
+                "a document says decides for which it is: take a larger task"
             )
 
 

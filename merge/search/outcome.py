@@ -27,8 +27,8 @@ class Outcome:
 
     Of several objectives `top` is the front, and the winner has the best mean of them on val. `kin`: what is
     told of the ancestors that models of a candidate share, by number. `saved`: documents that those were not
-    asked that were given up, by number. `home`: from where relative names in recipes start. `used_up`: whether
-    the search ended because nothing new was left to try.
+    asked that were given up, by number. `home`: from where relative names in recipes start. `used_up`:
+    whether the search ended because nothing new was left to try.
     """
 
     winner: Candidate

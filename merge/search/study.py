@@ -87,8 +87,8 @@ class Study:
         every = self.ledger.all()
         if not self._is_over(every):
             self.used_up = True
-            what = f"after {_count_searched(every)} of {self.section.trials} candidates nothing new is left to try"
-            self.notes.append(f"{what}: there are no others, or the sampler proposes none")
+            what = f"after {_count_searched(every)} of {self.section.trials} candidates nothing new is left"
+            self.notes.append(f"{what} to try: there are no others, or the sampler proposes none")
         return self.outcome()
 
     def check_share(self, share: Setup) -> None:

@@ -18,7 +18,7 @@ BATCH_SIZE = 8  # of tasks that come without a suite
 
 
 def suite_of(section: StudySection) -> Suite:
-    """A shipped suite, one in a folder, or tasks by their names, whose metrics are known (see with_metrics)."""
+    """A shipped suite, one in a folder, or tasks by name whose metrics are known (see with_metrics)."""
     if section.tasks is None:
         return Suite.named(section.suite)
     tasks = [
@@ -29,8 +29,8 @@ def suite_of(section: StudySection) -> Suite:
 
 
 def with_metrics(section: StudySection, lines: Lines) -> StudySection:
-    """The section with what counts of each of its tasks, which is what counts in `score` where it does not say;
-    raises RequestError."""
+    """The section with what counts of each of its tasks, which is what counts in `score` where it does not
+    say; raises RequestError."""
     if section.tasks is None:
         return section
     check_holds_tasks(_included(section))

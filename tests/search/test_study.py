@@ -539,7 +539,7 @@ def test_documents_that_the_baselines_use_up_are_refused(tmp_path: Path, suite: 
     for documents in (used, used + 1):
         data["study"]["documents"] = documents
         file.write_text(yaml.safe_dump(data, sort_keys=False))
-        told = rf"is {used}; it must be more than {used}, .* 3 baselines, 16 documents of dev each .* 24 of test"
+        told = rf"is {used}; it must be more than {used}, .* 3 baselines, 16 documents of dev .* 24 of test"
         refused = pytest.raises(RequestError, match=told) if documents == used else nullcontext()
         with refused, open_study(file, tmp_path / "study"):
             pass
