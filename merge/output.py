@@ -46,7 +46,9 @@ def usable(folder: Path, plan: Plan) -> Path:
     if whole.exists() and whole.is_mount():
         raise OutputError(f"{folder}: is a mount point; choose a folder in it")
     if (whole / LOCK).exists():
-        what = "holds a search (mergetool evolve or sweep goes on with it, mergetool report shows it)"
+        what = (
+            "holds a search (mergetool evolve or sweep goes on with it, mergetool report shows it)"
+        )
         raise OutputError(f"{folder}: {what}; choose another output")
     for model in plan.models:
         for read in (model.folder, *(file.parent for file in model.beside)):

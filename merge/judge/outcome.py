@@ -206,7 +206,9 @@ def _unread(found: Grades | Comparison) -> str:
     counts = counts_of([found])
     if not counts["unreadable"]:
         return ""
-    return f"; {counts['unreadable']} of {replies(counts['asked'])} could not be read{cut_of(counts)}"
+    return (
+        f"; {counts['unreadable']} of {replies(counts['asked'])} could not be read{cut_of(counts)}"
+    )
 
 
 def replies(count: int) -> str:

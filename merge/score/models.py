@@ -63,7 +63,9 @@ def _merged(name: str, offline: bool, beside: Path) -> "Plan":
 def check_candidate(found: Candidate, label: str, conditions: Conditions) -> None:
     """Raises RequestError where a model cannot be scored, as far as its files tell."""
     if conditions.backend == "vllm" and conditions.device:
-        what = "vLLM takes the GPUs that it finds; leave it out, or name them in CUDA_VISIBLE_DEVICES"
+        what = (
+            "vLLM takes the GPUs that it finds; leave it out, or name them in CUDA_VISIBLE_DEVICES"
+        )
         raise RequestError(f"--device is not for --backend vllm: {what}")
     if conditions.backend == "vllm" and find_spec("vllm") is None:
         raise RequestError(

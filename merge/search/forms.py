@@ -1,4 +1,4 @@
-"""How what may vary is written, read and checked before anything is asked for; space.py says what it means."""
+"""How what may vary is written, read and checked before anything is asked for; space.py has its meaning."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -105,7 +105,9 @@ def test_what_counts_of_a_task_is_what_counts_in_score(tmp_path: Path) -> None:
         "acc_norm,none",
         "bits_per_byte,none",
     ]
-    with pytest.raises(RequestError, match=r"r.yaml:3: study.tasks.1: task texts has no metric 'f1'; "):
+    with pytest.raises(
+        RequestError, match=r"r.yaml:3: study.tasks.1: task texts has no metric 'f1'; "
+    ):
         found(None, "f1")
 
 

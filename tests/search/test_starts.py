@@ -52,7 +52,11 @@ def test_recipes_come_first_then_values_then_what_is_drawn(tmp_path: Path, suite
     candidates, outcome = searched(file)
     parents = [f"parent {model}" for model in ("zoo:reverser", "zoo:sorter", "zoo:scribe")]
     assert [c.origin for c in candidates[:4]] == [*parents, "average"], "of recipes they are rivals"
-    assert [c.recipe["model"] for c in candidates[:3]] == ["zoo:reverser", "zoo:sorter", "zoo:scribe"]
+    assert [c.recipe["model"] for c in candidates[:3]] == [
+        "zoo:reverser",
+        "zoo:sorter",
+        "zoo:scribe",
+    ]
     assert len(candidates[3].recipe["models"]) == 2, "the average is of what may be merged"
     assert {c.number for c in outcome.rivals} == set(range(4))
     tried = candidates[4:]
@@ -114,7 +118,10 @@ def test_values_of_rules_and_of_groups_are_named_by_their_places() -> None:
     ((data, lines),) = load_documents(GROUPED, "space.yaml")
     space = Space(data, lines)
     dimensions = {dimension.name: dimension for dimension in space.dimensions()}
-    values = {"slices.2.sources.0.parameters.weight": 0.25, "slices.1.parameters.weight.1.value": 0.5}
+    values = {
+        "slices.2.sources.0.parameters.weight": 0.25,
+        "slices.1.parameters.weight.1.value": 0.5,
+    }
     section = with_values(StudySection(start=[values], sampler="tpe"), space)
     check_starts(section, dimensions, lines)
     answer = Asker(space, section).ask(0)

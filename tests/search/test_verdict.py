@@ -130,5 +130,5 @@ def test_a_task_without_documents_for_a_split_is_told_with_those_that_it_has() -
     splits = split_by_hash({"task": [{"question": "1+1"}], "none": []})
     with pytest.raises(RequestError, match=r"task task has too few .*: .*1 for .*; each needs one"):
         check_sizes([*splits.values()])
-    with pytest.raises(RequestError, match="task none has too few .*: 0 for dev"):
+    with pytest.raises(RequestError, match=r"task none has too few .*: 0 for dev"):
         check_sizes([split_by_hash({"none": []})["dev"]])
