@@ -249,9 +249,8 @@ _REDUCED: dict[str, Callable[[Any], Any]] = {
     "columns": lambda v: v.sum(axis=0),
 }
 _ADDED = ("count", "columns")  # kinds whose results of two grains are added, not put in a row
-AT_ONCE = (
-    64  # results of which a loop makes more than one grain's; 8 KiB of lanes for each and grain
-)
+# results of which a loop makes more than one grain's: 8 KiB of lanes for each and grain
+FEW_SUMS = 64
 _trusted: dict[str, bool] = {}  # whether a loop gave numpy's bits on the first grain that it met
 _one_at_a_time, _one_trial = threading.Lock(), threading.Lock()
 _log = logging.getLogger("mergetool")
@@ -275,7 +274,8 @@ class _GrainFunction:
             results, seen = self._of_piece(piece)
             finite &= seen
             if found and self.kind in _ADDED:
-                found[0] = [a + b for a, b in zip(found[0], results, strict=True)]
+                for total, more in zip(found[0], results, strict=True):
+                    total += more
             else:
                 found.append(results)
         if len(found) == 1:
@@ -306,7 +306,7 @@ class _GrainFunction:
     def _is_lean(self, raws: Sequence[Raw]) -> bool:
         """Whether a loop needs no other arrays of the size of these, and no lanes of very many sums."""
         bare = self.beside is None or self.beside.by_row
-        many = self.loop is not None and len(self.loop.outputs) > AT_ONCE
+        many = self.loop is not None and len(self.loop.outputs) > FEW_SUMS
         return bare and not many and all(raw.dtype != np.float16 for raw in raws)
 
     def _of_piece(self, piece: Grains, into: Raw | None = None) -> tuple[list[Any], bool]:

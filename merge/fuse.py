@@ -271,7 +271,8 @@ def traced(
     loaded = [Symbol(trace, trace.loaded(f"%x{i}", dtypes[i]), dtypes[i]) for i in range(elements)]
     low = trace.emit("trunc i64 %i to i32", u4)
     index = trace.emit(f"add i32 %first, {low.name}", u4)
-    results = function([*loaded, *rows], index, Symbol(trace, "%high", u4))
+    given = [symbol.copy() for symbol in (*loaded, *rows)]  # which in-place operations rename
+    results = function(given, index, Symbol(trace, "%high", u4))
     if not all(isinstance(result, Symbol) for result in results):
         raise UntraceableError("a result that does not depend on the inputs")
     wanted = _RESULTS.get(kind)

@@ -11,8 +11,8 @@ LANES = 1024  # partial sums of a grain: element i is added to lane i % LANES
 BINS = 1 << 16  # a count statistic has so many bins; larger values are not counted
 ROW_LANES = 64  # of a row: element i is added to lane i % ROW_LANES
 CHUNK = 2048  # elements whose bins are computed before they are counted
-UNSIGNED = {"half": "i16", "float": "i32", "double": "i64"}
-DECLARATIONS = [
+_UNSIGNED = {"float": "i32", "double": "i64"}
+_DECLARATIONS = [
     f"declare {t} @llvm.{name}.{f}({t})"
     for name in ("fabs", "sqrt")
     for t, f in (("float", "f32"), ("double", "f64"))
@@ -108,7 +108,7 @@ def text(
         *(line for i, value in enumerate(watched) for line in _told(i, value)),
         "ret void",
         "}",
-        *DECLARATIONS,
+        *_DECLARATIONS,
         "declare i64 @llvm.umin.i64(i64, i64)",
         "",
     ])  # fmt: skip
@@ -127,12 +127,12 @@ def load(name: str, t: str, array: str, at: str) -> list[str]:
 
 def _unseen(i: int, value: Value) -> list[str]:
     """Variables, which LLVM keeps in registers."""
-    bits = UNSIGNED.get(value.type, value.type)
+    bits = _UNSIGNED.get(value.type, value.type)
     return [f"%most{i} = alloca {bits}", f"store {bits} 0, ptr %most{i}"]
 
 
 def _seen(i: int, value: Value) -> list[str]:
-    bits = UNSIGNED.get(value.type, value.type)
+    bits = _UNSIGNED.get(value.type, value.type)
     lines, name = [], value.name
     if bits != value.type:
         lines, name = [f"%bits{i} = bitcast {value} to {bits}"], f"%bits{i}"
@@ -146,7 +146,7 @@ def _seen(i: int, value: Value) -> list[str]:
 
 
 def _told(i: int, value: Value) -> list[str]:
-    bits = UNSIGNED.get(value.type, value.type)
+    bits = _UNSIGNED.get(value.type, value.type)
     lines, name = [f"%last{i} = load {bits}, ptr %most{i}"], f"%last{i}"
     if bits != "i64":
         lines, name = [*lines, f"%wide{i} = zext {bits} %last{i} to i64"], f"%wide{i}"

@@ -122,16 +122,18 @@ class _Made:
 
     def _over_all(self, reader: Reader, request: Request) -> Statistic:
         measuring = self.formula.measuring(request)
-        return reduced(request, (p for grain in self._grains(reader) for p in measuring(grain)[0]))
 
-    def _grains(self, reader: Reader) -> Iterator[Grains]:
-        step = self.formula.step
-        for a, b in grains(step.shape):
-            grain = reader.grain(step, a, b)
-            for index, rows in enumerate(grain[0]):
-                if not self.formula.allow_nonfinite:
-                    check_input(reader.plan, step, index, rows, a)
-            yield grain
+        def parts() -> Iterator[Statistic]:
+            step = self.formula.step
+            for a, b in grains(step.shape):
+                grain = reader.grain(step, a, b)
+                found, finite = measuring(grain)
+                if not finite and not self.formula.allow_nonfinite:
+                    for index, rows in enumerate(grain[0]):
+                        check_input(reader.plan, step, index, rows, a)
+                yield from found
+
+        return reduced(request, parts())
 
 
 def driven(passes: Passes, measured: Callable[[Request], Statistic]) -> Any:

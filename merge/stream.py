@@ -130,7 +130,7 @@ class _Job:
     in_place: InPlace | None = None
     memory: Memory | None = None
     was_read: bool = False  # every block was read (and digested) once
-    was_checked: bool = False  # and nothing in them is NaN or infinity, or it may be
+    was_checked: bool = field(init=False)  # and nothing in them is NaN or infinity, or it may be
     held: list[Raw] | None = None
     output_digests: dict[int, bytes] = field(default_factory=dict)
     input_digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
@@ -348,7 +348,8 @@ class _Crew:
         self._closing = False
         self._error: BaseException | None = None
         self._threads = [
-            threading.Thread(target=self._work, name=f"merge_{i}") for i in range(threads)
+            threading.Thread(target=self._work, name=f"merge_{i}", daemon=True)
+            for i in range(threads)
         ]
 
     def __enter__(self) -> "_Crew":

@@ -72,9 +72,8 @@ class Journal:
     ) -> Any:
         """The answer to `asked`: that of the file, or a new one, which is written down at once; threads that
         ask the same wait for the one answer. about: what the row tells besides."""
-        told = canonical(dict(asked)).encode(
-            "utf-8", "surrogatepass"
-        )  # replies may hold half a character
+        # replies may hold half a character
+        told = canonical(dict(asked)).encode("utf-8", "surrogatepass")
         key = hashlib.sha256(told).hexdigest()
         with self._turn(key):
             if key not in self._known:

@@ -56,7 +56,8 @@ def charts(search: Search, importance: Importance) -> list[Picture]:
 
 
 def _compared(search: Search) -> Picture | None:
-    top, rivals = search.top[:MOST_COMPARED], search.rivals[:MOST_COMPARED]
+    top, rivals = search.top[:MOST_COMPARED], list(search.rivals)
+    del rivals[MOST_COMPARED - 1 : -1]  # the last one is the average
     entries = [*top, *rivals]
     if not entries:
         return None
@@ -86,6 +87,8 @@ def _compared(search: Search) -> Picture | None:
         told += " The search sees dev, where the best of many look better than they are."
     if len(top) < len(search.top):
         told += f" {len(top)} of the {len(search.top)} best are shown."
+    if len(rivals) < len(search.rivals):
+        told += f" {len(rivals)} of {len(search.rivals)} parents and average are shown."
     return drawn("comparison", "Beside parents and average", told, 1.4 + 0.42 * len(entries), draw)
 
 

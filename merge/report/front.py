@@ -55,7 +55,7 @@ def front_picture(search: Search) -> Picture | None:
     candidates, baselines = search.on_front
     places = counted(len({e.objectives for e in candidates}), "place")
     told = f"No other one beats these in all of {listed} on dev: "
-    told += f"{words_of_front(len(candidates), [e.name for e in baselines])}"
+    told += words_of_front(len(candidates), [e.name for e in baselines])
     told += f"; the candidates lie at {places}." if candidates else "."
     if not search.own:
         told += " The study itself maximised the mean of these tasks."

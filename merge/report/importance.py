@@ -11,9 +11,8 @@ from merge.search.space import Choice, Dimension, Real
 
 LEAST = 8  # candidates, below which shares of the spread say nothing
 FEW = 10  # candidates a dimension, below which they say little
-MOST = (
-    500  # candidates of trees, which take 4 s for 500 and 11 s for 1000 (5000: more than 5 minutes)
-)
+# candidates of trees, which take 4 s for 500 and 11 s for 1000 (5000: more than 5 minutes)
+MOST = 500
 
 
 @dataclass(frozen=True)

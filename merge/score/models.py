@@ -169,9 +169,7 @@ def _from_folder(folder: Path, label: str, dtype: Any, trusted: bool) -> tuple[A
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted
         )
-    except (
-        Exception
-    ) as error:  # a damaged file of safetensors raises one of its own, configs raise any
+    except Exception as error:  # damaged safetensors raise one of their own, configs any
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ScoreError(f"{label}: cannot be loaded for scoring: {first}") from None
     return model, tokenizer

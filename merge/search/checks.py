@@ -16,7 +16,7 @@ from merge.search.scoring import Scorer
 from merge.search.sections import StudySection
 from merge.search.space import Space, ends
 from merge.search.starts import baselines_of, start_recipes
-from merge.search.tried import parents_of
+from merge.search.tried import digest_of, parents_of
 from merge.sources.model import Model
 
 CHECKED = 100  # options whose text is read before a search: paths through layers have thousands
@@ -26,7 +26,7 @@ def check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> Non
     """Raises RecipeError where an objective names a task that is not searched on."""
     known = list(scorer.panels["dev"].metrics)
     for i, task in unknown_tasks(section, known):
-        what = f"the suite has no task {task!r} that is searched on{nearest(task, known)}"
+        what = f"no task {task!r} is searched on{nearest(task, known)}"
         allowed = f"there are {', '.join(known)}"
         raise lines.error(("study", "objectives", i), f"objectives: {what}; {allowed}")
 
@@ -34,10 +34,13 @@ def check_objectives(section: StudySection, scorer: Scorer, lines: Lines) -> Non
 def check_documents(section: StudySection, space: Space, scorer: Scorer) -> None:
     """Raises RecipeError where baselines use up all the documents that may be scored."""
     sizes = {name: panel.split.count for name, panel in scorer.panels.items()}
-    first = len(baselines_of(space.data, section))
+    baselines = {digest_of(recipe) for _, recipe in baselines_of(space.data, section)}
+    first = len(baselines)
     used = first * sizes["dev"]
-    if section.documents is None or section.documents > used or any(start_recipes(section)):
+    if section.documents is None or section.documents > used:
         return
+    if any(digest_of(recipe) not in baselines for _, recipe in start_recipes(section)):
+        return  # whatever starts is put to dev: a candidate there will be
     apart = " and ".join(f"{sizes[name]} of {name}" for name in ("val", "test"))
     each = f"{counted(first, 'baseline')}, {counted(sizes['dev'], 'document')} of dev each"
     what = (

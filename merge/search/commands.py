@@ -219,10 +219,13 @@ def how_found(outcome: "Outcome", candidate: "Candidate") -> str:
     }
     rows = [f"| {name} | {_cell(scores)} |" for name, scores in splits.items() if scores]
     kin = [f"- {note}" for note in outcome.kin.get(number, ())]
-    about = f"Candidate {number} of a search ({section.sampler}, seed {section.seed}) on the suite"
+    on = f"the suite {section.suite}"
+    if section.tasks:
+        on = f"the tasks {', '.join(each.task for each in section.tasks)}"
+    about = f"Candidate {number} of a search ({section.sampler}, seed {section.seed}) on {on}"
     return "\n".join(
         [
-            f"\n## How it was found\n\n{about} {section.suite}; mean and standard error, per cent:\n",
+            f"\n## How it was found\n\n{about}; mean and standard error, per cent:\n",
             *("| documents | mean |", "|---|---|"),
             *rows,
             *(["", *kin] if kin else []),

@@ -1,10 +1,11 @@
 """How what may vary is written, read and checked before anything is asked for; space.py has its meaning."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
+MOST = sys.float_info.max
 Wrong = Callable[[str, str], Exception]  # key ("": the whole), what is wrong with it -> the error
 
 
@@ -48,7 +49,7 @@ def pool_in(spec: Mapping[str, Any], wrong: Wrong) -> Pool:
     """What {pool: [A, B, C]} says; raises wrong(key, what)."""
     check_keys(spec, ("pool", "pick", "base", "parameters"), wrong)
     pool, pick = spec["pool"], spec.get("pick", 2)
-    if not isinstance(pool, list) or not all(isinstance(name, str) for name in pool):
+    if not (pool and isinstance(pool, list) and all(isinstance(name, str) for name in pool)):
         raise wrong("pool", "pool must be a list of models")
     if type(pick) is not int or not 1 <= pick <= len(pool):
         raise wrong("pick", f"pick must be a whole number from 1 to {len(pool)}")
@@ -85,4 +86,4 @@ def _bounds(value: Any, log: bool, wrong: Wrong) -> tuple[float, float]:
 
 def _is_number(value: Any) -> bool:
     """Whether it is a finite one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST

@@ -84,9 +84,8 @@ def non_dominated(values: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 def _is_beaten(own: NDArray[np.float64], values: NDArray[np.float64]) -> bool:
     """Whether any of values [candidates, objectives] is as good as `own` in all and better in one."""
-    as_good = values[
-        (values >= own).all(axis=1)
-    ]  # one at a time: all pairs of thousands take gigabytes
+    # one at a time: all pairs of thousands take gigabytes
+    as_good = values[(values >= own).all(axis=1)]
     return bool((as_good > own).any())
 
 

@@ -106,7 +106,7 @@ def _entered(setup: Setup, space: Space, section: StudySection, scorer: Scorer) 
     digest = hashlib.sha256(canonical(facts).encode()).hexdigest()
     name = f"{setup.file.stem[:100]}-{digest[:12]}" if setup.shared else NAME
     ledger = Ledger.open(setup.url, name, digest, facts | {"begun_with": _versions()})
-    opened_of(parents_of(space.data), scorer)
+    opened_of(parents_of(space.data), scorer)  # beside those of recipes to start from
     models = dict(scorer.opened)
     if "parents" not in ledger.facts():
         ledger.remember(parents_facts(models))

@@ -15,7 +15,7 @@ import numpy as np
 from merge.agreement import canonical
 from merge.errors import RequestError, ScoreError
 from merge.score import Suite, Task
-from merge.score.harness import harness_with, leaves, matching, tree_of
+from merge.score.harness import check_tasks, harness_with, leaves, matching, tree_of
 from merge.score.running import set_examples
 from merge.score.suite import shares_by_part
 from merge.search.documents import (
@@ -145,7 +145,7 @@ class Panel:
             for _, requests in sorted(by_document.items())
         ]
         counts = self.metrics[name]
-        return (1.0 if counts.higher_is_better else -1.0) / counts.full * np.array(found)
+        return (1.0 if counts.higher_is_better else -1.0) * np.array(found) / counts.full
 
     def _value(self, name: str, task: Any, requests: Sequence[Any]) -> float:
         """The metric of a document whose requests these are; raises ScoreError."""
@@ -176,6 +176,9 @@ def panels(
     suite, apart = (of, None) if isinstance(of, Suite) else (Suite.named(of), _apart(of))
     looked = apart or suite
     harness = harness_with([task.name for task in (*looked.tasks, *suite.tasks)], suite.include)
+    if isinstance(of, str):  # of tasks by name the study says what counts
+        check_tasks(suite, harness)
+        check_tasks(looked, harness)
     documents = {task.name: _documents(harness, task) for task in looked.tasks}
     splits = split_by_hash(documents, APART if apart else SHARES)
     if apart:

@@ -197,7 +197,9 @@ class Study:
         found = self._found(done) or self._found(given_up)
         if not found:
             reasons = (c.reason for c in every if is_searched(c.origin) and c.reason)
-            reason = next(reasons, "the search was over before the first; give it more minutes")
+            reason = next(
+                reasons, "the search was over before the first; give it more minutes or documents"
+            )
             raise RunError(f"{self.file}: no candidate could be scored: {reason}")
         rivals = [c for c in done if not is_searched(c.origin)]
         again = self._looked_at([*found, *rivals], "val")

@@ -39,16 +39,14 @@ class Verdict:
     @property
     def words(self) -> str:
         """The verdict as a sentence."""
-        points, parent = (
-            f"{100 * self.difference:+.1f} points",
-            f"{self.rival}, the best parent on val",
-        )
+        points = f"{100 * self.difference:+.1f} points"
+        parent = f"{self.rival}, the best parent on val"
         interval = f"95 % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}"
         figures = f"{interval}, p = {self.p:.2g} by {self.test}"
         if self.significant:
             return f"{self.winner} is better than {parent}, by {points} ({figures})"
         if self.p < LEVEL and self.difference < 0:
-            return f"no improvement: {self.winner} is worse than {parent}, by {points} ({figures})"
+            return f"no improvement: {self.winner} is worse than {parent} ({points}, {figures})"
         return f"no significant improvement over {parent}: {points} ({figures})"
 
 
@@ -94,10 +92,8 @@ def words_on_baselines(winner: str, mean: float, baselines: Sequence[tuple[str, 
     found = [f"{name} {100 * each:.1f}" for name, each in as_good(mean, baselines)]
     if not found:
         return ""
-    what = (
-        f"{winner} is not better than what needed no search: on test it has {100 * mean:.1f} points"
-    )
-    return f"{what}, {', '.join(found)}"
+    what = f"{winner} is not better than what needed no search"
+    return f"{what}: on test it has {100 * mean:.1f} points; others: {', '.join(found)}"
 
 
 def mean_of(values: Mapping[str, Values], shares: Mapping[str, float]) -> float:

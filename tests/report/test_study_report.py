@@ -194,7 +194,9 @@ def test_baselines_as_good_as_the_winner_are_told_first(tmp_path: Path) -> None:
     folder = tmp_path / "study"
     data = ended(folder, written(folder, of_one_weight), "candidate 2 is better than hub/left")
     text = Told(report_on(search_of(folder, Ledger.existing(_url(folder), NAME))).page).text
-    told = "Candidate 2 is not better than what needed no search: on test it has 75.0 points, "
+    told = (
+        "Candidate 2 is not better than what needed no search: on test it has 75.0 points; others: "
+    )
     assert f"{told}hub/left 75.0, hub/right 75.0. Candidate 2 is better than hub/left." in text
     for rival, mean in zip(data["rivals"], (0.5, 0.8), strict=True):
         rival["test"] = {**rival["test"], "mean": mean}

@@ -546,6 +546,37 @@ def test_documents_that_the_baselines_use_up_are_refused(tmp_path: Path, suite: 
         assert (tmp_path / "study").exists() == (documents > used)
 
 
+def test_a_parent_to_start_from_is_no_candidate_for_documents(tmp_path: Path, suite: Path) -> None:
+    file = written(tmp_path, suite)
+    data = yaml.safe_load(file.read_text())
+    data["study"] |= {"documents": BASELINES * 4 * 4, "start": [{"model": SPECIALISTS[0]}]}
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    with (
+        pytest.raises(RequestError, match="it must be more than"),
+        open_study(file, tmp_path / "s"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [("metric", "accc", "no metric 'accc"), ("higher_is_better", False, "more is better")],
+)
+def test_what_a_suite_says_of_its_tasks_is_checked_first(
+    key: str, value: object, told: str, tmp_path: Path, suite: Path
+) -> None:
+    changed = Path(shutil.copytree(suite, tmp_path / "changed"))
+    data = yaml.safe_load((changed / "suite.yaml").read_text())
+    data["tasks"][0][key] = value
+    (changed / "suite.yaml").write_text(yaml.safe_dump(data))
+    with (
+        pytest.raises(RequestError, match=told),
+        open_study(written(tmp_path / "search", changed), tmp_path / "study"),
+    ):
+        pass
+    assert not (tmp_path / "study").exists()
+
+
 def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> None:
     models = [
         {"model": str(model), "parameters": {"weight": {"search": [0.1, 0.9]}}}

@@ -26,7 +26,7 @@ def test_every_baseline_as_good_as_the_winner_is_named(
     assert bool(words) == bool(found)
     told = [f"{name} {100 * each:.1f}" for name, each in sorted(found, key=lambda e: -e[1])]
     assert (
-        words.split(f"on test it has {100 * mean:.1f} points, ")[1:]
+        words.split(f"on test it has {100 * mean:.1f} points; others: ")[1:]
         == [", ".join(told)][: len(found)]
     )
 
