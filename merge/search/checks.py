@@ -90,6 +90,15 @@ def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) 
         raise first
 
 
+def notes_on_candidates(space: Space, scorer: Scorer) -> tuple[str, ...]:
+    """What a plan tells of the candidate with the lowest values of everything, such as filters that fit no
+    tensor; nothing where that cannot be planned."""
+    with suppress(RequestError):
+        recipe = space.filled(lambda dimension: ends(dimension)[0])
+        return () if _has_no_layer(recipe) else scorer.plan(recipe).notes
+    return ()
+
+
 def _check_options(space: Space, scorer: Scorer) -> None:
     """Raises what the text of an option has wrong, which would otherwise be found when it is drawn."""
     both = zip(space.with_each_option(0), space.with_each_option(1), strict=True)

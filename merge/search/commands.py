@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,4 +266,5 @@ def _cell(scores: Mapping[str, Any] | None) -> str:
 
     if scores is None:
         return "-"
-    return f"{100 * scores['mean']:.1f} ± {100 * errors_of(scores):.1f}"
+    error = errors_of(scores)  # of one document there is none
+    return f"{100 * scores['mean']:.1f}" + ("" if isnan(error) else f" ± {100 * error:.1f}")

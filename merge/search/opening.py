@@ -43,6 +43,7 @@ DATABASE = "study.db"
 NAME = "study"  # in a database of its own: it may be moved
 LONGER = {"trials", "minutes", "documents", "top"}  # what a study may go on with otherwise
 ASKED_BY = ("optuna", "cmaes")
+TABLES = ("study", "variants", "preset", "genome")  # that searches alone have
 
 
 @contextmanager
@@ -130,6 +131,9 @@ def read_space(
         data = expanded(data, lines)
     if "genome" in data:
         data = converted(data, lines, partial(layers_of, beside=file.parent, offline=offline))
+    for key in data:
+        if meant := "" if key in TABLES else nearest(str(key), TABLES, 0.8):
+            raise lines.error((key,), f"unknown key {key!r}{meant}")
     given = data.pop("study", None)
     if given is not None and not isinstance(given, dict):
         raise lines.error(("study",), "study must be a table of keys")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from merge.search.front import front_of, reached
+from merge.search.front import front_of, objectives_of, reached
 from merge.search.ledger import Candidate
 from merge.search.places import moved
 from merge.search.sections import StudySection
@@ -56,8 +56,18 @@ class Outcome:
         """What came out in sentences, the weightiest first: baselines as good as the winner, the verdict."""
         winner = f"candidate {self.winner.number}"
         said = words_on_baselines(winner, self._tested(self.winner), self._baselines)
-        told = self.verdict.words if self.verdict else NO_RIVAL
-        return [*([said] if said else []), told]
+        told = [*([said] if said else []), self.verdict.words if self.verdict else NO_RIVAL]
+        if others := self._other_tasks:
+            what = "test is not of the objectives, but of all that the suite keeps for the end"
+            told.append(f"{what}: {', '.join(others)}")
+        return told
+
+    @property
+    def _other_tasks(self) -> list[str]:
+        """Those of test, where they are other ones than those of the objectives."""
+        tested = list(self.test[self.winner.number]["tasks"])
+        wanted = [task for tasks in objectives_of(self.section).values() for task in tasks]
+        return [] if set(wanted) <= set(tested) else tested
 
     @property
     def front(self) -> tuple[list[Candidate], list[Candidate]]:

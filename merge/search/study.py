@@ -10,7 +10,7 @@ from typing import Any
 from merge.ancestry import ancestry_notes
 from merge.errors import MergetoolError, RunError
 from merge.search.asking import Asker
-from merge.search.checks import check_plans
+from merge.search.checks import check_plans, notes_on_candidates
 from merge.search.front import MEAN, front_of
 from merge.search.ledger import DONE, ENDED, FAILED, PRUNED, Candidate, Ledger
 from merge.search.outcome import Outcome, arrays_of, shares_in
@@ -75,6 +75,7 @@ class Study:
         for worker in self.ledger.workers():
             if not self.setup.shared or is_gone(worker):
                 self.ledger.release(worker)
+        self.notes += notes_on_candidates(self.space, self.scorer)
         before = _count_searched(self.ledger.all())
         if before > self.section.trials:
             what = f"{before} candidates were tried before, and trials is {self.section.trials}"

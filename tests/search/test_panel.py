@@ -14,7 +14,7 @@ from merge.lines import Lines
 from merge.score import Suite, score_models, tasks_by_name
 from merge.search.panel import panels
 from merge.search.scoring import Scorer
-from merge.search.sections import StudySection
+from merge.search.sections import StudySection, TaskSection
 from merge.search.tasks import suite_of, with_metrics
 from merge.shipped import shipped
 
@@ -121,10 +121,14 @@ def test_what_counts_of_a_task_is_what_counts_in_score(tmp_path: Path) -> None:
 def test_a_metric_that_a_task_has_not_is_told(
     suite: Path, tmp_path: Path, metric: str, told: str
 ) -> None:
-    shutil.copytree(suite, tmp_path / "other")
-    text = SUITE.replace('metric: "acc,none"', f'metric: "{metric}"')
-    (tmp_path / "other" / "suite.yaml").write_text(text)
-    section = StudySection(suite=str(tmp_path / "other"), limit=2)
+    """Also where nothing said so before, as of a task whose code alone knows its metrics."""
+    tasks = [TaskSection(task="search_sort", metric=metric)]
+    section = StudySection(tasks=tasks, include=str(suite), limit=2)
     scorer = Scorer(tmp_path / "r.yaml", section, "512MiB", 1, True)
     with pytest.raises(ScoreError, match=told):
         scorer.scored({"model": "zoo:sorter"})
+    shutil.copytree(suite, tmp_path / "other")
+    text = SUITE.replace('metric: "acc,none"', f'metric: "{metric}"')
+    (tmp_path / "other" / "suite.yaml").write_text(text)
+    with pytest.raises(RequestError, match=f"has no metric '{metric}'"):
+        panels(str(tmp_path / "other"), 2)

@@ -577,6 +577,15 @@ def test_what_a_suite_says_of_its_tasks_is_checked_first(
     assert not (tmp_path / "study").exists()
 
 
+def test_a_filter_that_fits_nothing_is_told(tmp_path: Path, suite: Path) -> None:
+    nowhere = {"weight": [{"filter": "layers.99.", "value": {"search": [0.1, 1]}}, {"value": 0.5}]}
+    models = [{"model": model, "parameters": nowhere} for model in SPECIALISTS]
+    file = written(tmp_path, suite, 1, merge_method="linear", models=models)
+    with open_study(file, tmp_path / "study") as study:
+        study.run()
+    assert "filter 'layers.99.' of weight fits no tensor" in study.notes[0]
+
+
 def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> None:
     models = [
         {"model": str(model), "parameters": {"weight": {"search": [0.1, 0.9]}}}
@@ -597,6 +606,7 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"merge_method": "tise"}, "tise"),
         ({"base_model": "./absent"}, "absent"),
         ({"adapter": {"rank": 4}}, "adapter: is not searched over"),
+        ({"studdy": {"trials": 3}}, "search.yaml:.*unknown key 'studdy' .did you mean 'study'"),
         ({"study": {"suite": "none"}}, "no suite 'none'"),
         ({"study": {"trial": 3}}, "search.yaml:.*unknown key 'trial'"),
         ({"study": {"start": [{"weight": 1.0}]}}, "nothing is called 'weight'"),
