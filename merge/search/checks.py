@@ -1,5 +1,6 @@
 """What is wrong with every candidate of a search: found before anything is written."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -74,8 +75,13 @@ def opened_of(labels: Sequence[str], scorer: Scorer) -> dict[str, Model]:
 
 def check_plans(space: Space, scorer: Scorer, memory: str, threads: int | None) -> None:
     """Raises what is wrong with all candidates: with the lowest values of everything and with the highest."""
-    for _, recipe in start_recipes(scorer.section):
-        scorer.plan(recipe)
+    for origin, recipe in start_recipes(scorer.section):
+        try:
+            scorer.plan(recipe)
+        except RequestError as error:
+            told = re.sub(rf"^{re.escape(str(scorer.file))}(:\d+)?: ", "", str(error))
+            place = ("study", "start", int(origin.split()[-1]) - 1)
+            raise space.lines.error(place, f"study, {origin}: {told}") from None
     _check_options(space, scorer)
     first: RequestError | None = None
     for end in (0, 1):

@@ -1,7 +1,7 @@
 """The tables of studies: their candidates, and who looked at what the search did not see."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sqlalchemy as sql
@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 from merge.agreement import canonical
 from merge.errors import RequestError
 
+SHORT = 60  # characters of two values that are shown beside each other
 TABLES = sql.MetaData()
 STUDY = sql.Table(
     "mergetool_study",
@@ -62,8 +63,24 @@ def enter(connection: Connection, study: str, digest: str, facts: Mapping[str, A
         )
     elif known.digest != digest:
         then = json.loads(known.facts)
-        others = [k for k in facts if k in then and canonical(then[k]) != canonical(facts[k])]
+        others = list(_others(then, facts))
         by = f", by its {', '.join(others)}" if others else ""
         raise RequestError(
             f"study {study!r} is another search than this one{by}; put that back or choose another --output"
         )
+
+
+def _others(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of these facts is another than it was, key by key of the tables among them."""
+    for name in now:
+        a, b = then.get(name), now[name]
+        if name not in then or canonical(a) == canonical(b):
+            continue
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            yield name
+            continue
+        for key in dict.fromkeys([*a, *b]):
+            old, new = (json.dumps(each.get(key)) for each in (a, b))
+            if old != new:
+                short = len(old) + len(new) <= SHORT
+                yield f"{name} ({key} was {old}, is {new})" if short else f"{name} ({key})"

@@ -191,10 +191,16 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path: Path, suite: Pat
     with (
         pytest.raises(
             RequestError,
-            match=r"is another search than this one, by its recipe; .* another --output",
+            match=r"is another search than this one, by its recipe .parameters.; .* another --output",
         ),
         open_study(file, tmp_path / "study"),
     ):
+        pass
+    data = yaml.safe_load(file.read_text().replace("0.8", "0.9"))
+    data["study"]["seed"] = 6
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    told = r"by its study .seed was 5, is 6."
+    with pytest.raises(RequestError, match=told), open_study(file, tmp_path / "study"):
         pass
 
 
@@ -610,6 +616,10 @@ def test_identical_parents_cannot_be_improved(tmp_path: Path, suite: Path) -> No
         ({"study": {"suite": "none"}}, "no suite 'none'"),
         ({"study": {"trial": 3}}, "search.yaml:.*unknown key 'trial'"),
         ({"study": {"start": [{"weight": 1.0}]}}, "nothing is called 'weight'"),
+        (
+            {"study": {"start": [{"merge_method": "linear", "models": ["zoo:sorter"]}]}},
+            "study, start 1: models.0 is 'zoo:sorter'; it must be a table",
+        ),
         ({"study": {"start": [{"parameters.density": 2.0}]}}, "must be from 0.1 to 0.9"),
         ({"parameters": {}, "models": [{"model": "zoo:sorter"}]}, "nothing in it may vary"),
         ({"study": {"tasks": [{"task": "a"}, {"task": "a", "metric": "f1"}]}}, "a is there twice"),
