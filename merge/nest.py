@@ -5,7 +5,7 @@ What is done for one element is given as lines; they find it at %i, as number %j
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 LANES = 1024  # partial sums of a grain: element i is added to lane i % LANES
 BINS = 1 << 16  # a count statistic has so many bins; larger values are not counted
@@ -39,7 +39,7 @@ class _Kind:
     row: Sequence[str] = ()
     element: Sequence[str] = ()
     after_part: Sequence[str] = ()
-    after_row: Sequence[str] = field(default_factory=lambda: ["br label %row_done"])
+    after_row: Sequence[str] = ("br label %row_done",)
 
 
 def text(

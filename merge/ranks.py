@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from merge.machine import UncompiledError, compiled
+from merge.nest import load
 from merge.numerics import Array, vectors
 
 DIGIT = 11  # bits; three digits hold the 31 of a magnitude
@@ -99,8 +100,8 @@ def _source() -> str:
         *_each("col", "%cols", _magnitude("col") + [line for d in range(3) for line in _count(d)]),
         *(line for d in range(3) for line in _totals(d)),
         *_each("first", "%cols", [*_magnitude("first"), *_packed(), *_put(0, "%item", "%a")]),
-        *_each("second", "%cols", [*_at("from1", "i64", "%a", "%second"), *_put(1, "%from1", "%b")]),
-        *_each("third", "%cols", [*_at("from2", "i64", "%b", "%third"), *_put(2, "%from2", "%a")]),
+        *_each("second", "%cols", [*load("%from1", "i64", "%a", "%second"), *_put(1, "%from1", "%b")]),
+        *_each("third", "%cols", [*load("%from2", "i64", "%b", "%third"), *_put(2, "%from2", "%a")]),
         *_ranked(),
     ]  # fmt: skip
     arguments = "i64 %n, i64 %cols, i32 %_0, i32 %_1" + "".join(
@@ -143,18 +144,11 @@ def _each(name: str, end: str, body: Sequence[str]) -> list[str]:
     ]
 
 
-def _at(name: str, t: str, array: str, index: str) -> list[str]:
-    return [
-        f"%{name}_at = getelementptr {t}, ptr {array}, i64 {index}",
-        f"%{name} = load {t}, ptr %{name}_at",
-    ]
-
-
 def _magnitude(at: str) -> list[str]:
     """%at_key: bits without sign of value %at of the row, as i64."""
     return [
         f"%{at}_place = add i64 %start, %{at}",
-        *_at(f"{at}_bits", "i32", "%x", f"%{at}_place"),
+        *load(f"%{at}_bits", "i32", "%x", f"%{at}_place"),
         f"%{at}_low = and i32 %{at}_bits, {0x7FFFFFFF}",
         f"%{at}_key = zext i32 %{at}_low to i64",
     ]
@@ -174,7 +168,7 @@ def _bin(name: str, key: str, shift: int, digit: int) -> list[str]:
         f"%{name}_shifted = lshr i64 {key}, {shift}",
         f"%{name}_digit = and i64 %{name}_shifted, {BINS - 1}",
         f"%{name}_bin = add i64 %{name}_digit, {digit * BINS}",
-        *_at(name, "i32", "%counts", f"%{name}_bin"),
+        *load(f"%{name}", "i32", "%counts", f"%{name}_bin"),
     ]
 
 
@@ -183,7 +177,7 @@ def _totals(digit: int) -> list[str]:
     name = f"sum{digit}"
     add = [
         f"%{name}_bin = add i64 %{name}, {digit * BINS}",
-        *_at(f"{name}_count", "i32", "%counts", f"%{name}_bin"),
+        *load(f"%{name}_count", "i32", "%counts", f"%{name}_bin"),
         f"%{name}_before = load i32, ptr %before{digit}",
         f"store i32 %{name}_before, ptr %{name}_count_at",
         f"%{name}_after = add i32 %{name}_before, %{name}_count",
@@ -219,7 +213,7 @@ def _ranked() -> list[str]:
         "%run_some = icmp ult i64 %run, %cols",
         "br i1 %run_some, label %run_body, label %run_end",
         "run_body:",
-        *_at("lead", "i64", "%a", "%run"),
+        *load("%lead", "i64", "%a", "%run"),
         "%lead_key = lshr i64 %lead, 32",
         "store i64 %run, ptr %same_now",
         "br label %same_head",
@@ -230,7 +224,7 @@ def _ranked() -> list[str]:
         "%same_some = icmp ult i64 %same_next, %cols",
         "br i1 %same_some, label %same_body, label %same_end",
         "same_body:",
-        *_at("other", "i64", "%a", "%same_next"),
+        *load("%other", "i64", "%a", "%same_next"),
         "%other_key = lshr i64 %other, 32",
         "%equal = icmp eq i64 %other_key, %lead_key",
         "br i1 %equal, label %same_head, label %same_end",
@@ -244,7 +238,7 @@ def _ranked() -> list[str]:
         "%give_some = icmp ult i64 %give, %same_next",
         "br i1 %give_some, label %give_body, label %run_head",
         "give_body:",
-        *_at("given", "i64", "%a", "%give"),
+        *load("%given", "i64", "%a", "%give"),
         f"%given_col = and i64 %given, {0xFFFFFFFF}",
         "%given_place = add i64 %start, %given_col",
         "%given_to = getelementptr double, ptr %ranks, i64 %given_place",
